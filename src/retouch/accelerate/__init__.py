@@ -1,0 +1,1 @@
+"""The same samples in less time: fewer or cheaper steps."""

@@ -1,0 +1,1 @@
+"""Fit a pretrained model to new data with few weights."""

@@ -1,0 +1,1 @@
+"""Find out what a model knows, where it fails and what it leaks."""

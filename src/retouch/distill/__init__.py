@@ -1,0 +1,1 @@
+"""From teacher to student: an objective over a pair of models."""

@@ -1,0 +1,1 @@
+"""Change a given image, and leave the rest of it alone."""

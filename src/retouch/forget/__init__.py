@@ -1,0 +1,1 @@
+"""Take data, classes or concepts out of a trained model."""

@@ -1,0 +1,1 @@
+"""New kinds of output from a pretrained generator."""

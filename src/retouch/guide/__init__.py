@@ -1,0 +1,1 @@
+"""Steer a diffusion model while it samples."""

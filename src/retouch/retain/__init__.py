@@ -1,0 +1,1 @@
+"""Learn something new without losing the old."""

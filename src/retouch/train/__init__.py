@@ -1,0 +1,1 @@
+"""Better training: what is applied while a network learns."""
