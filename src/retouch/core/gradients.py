@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retouch.core.errors import InputError, one_of
 from retouch.core.models import Batch, device_of, mode, rows_of, size_of, to_device, tree_map
@@ -79,7 +80,8 @@ def per_sample_gradients(
         return loss_fn(_WithParameters(model, parameters), tree_map(lambda t: t.unsqueeze(0), sample)).sum()
 
     batch = to_device(batch, device_of(model))
-    return vmap(grad(loss), in_dims=(None, 0), randomness="different")(named, batch)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no rule for vmap and would run in a loop
+        return vmap(grad(loss), in_dims=(None, 0), randomness="different")(named, batch)
 
 
 def fisher_diagonal(

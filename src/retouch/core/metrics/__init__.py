@@ -1,0 +1,1 @@
+"""Measures for arenas and users: pure functions on tensors and arrays."""
