@@ -64,6 +64,25 @@ def as_dataset(data: Any) -> Any:
     return data
 
 
+class Indexed(Dataset[Any]):
+    """A data set whose samples come as (input, index), without labels: for answers that are looked up by sample."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = as_dataset(data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return unpack(self.data[index])[0], index
+
+
+def indexed(data: Any) -> Any:
+    """Samples as (input, index); tensors stay tensors."""
+    data = as_dataset(data)
+    return TensorData(data.inputs, torch.arange(len(data))) if isinstance(data, TensorData) else Indexed(data)
+
+
 def subset(data: Any, indices: Sequence[int] | Tensor) -> Any:
     """The samples at the given indices, in that order, as data of the same kind."""
     data, rows = as_dataset(data), torch.as_tensor(indices, dtype=torch.long)

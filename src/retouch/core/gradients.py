@@ -142,13 +142,22 @@ def fisher_diagonal(
 
 
 def summed_gradient(
-    model: nn.Module, batches: Iterable[Batch], loss_fn: BatchLoss, params: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_fn: BatchLoss,
+    params: Mapping[str, Tensor] | None = None,
+    *,
+    clip: float | None = None,
 ) -> dict[str, Tensor]:
-    """Sum over batches of the gradient of each batch's loss, in eval mode."""
+    """Sum over batches of the gradient of each batch's loss, in eval mode; each one's norm at most `clip`."""
     total: dict[str, Tensor] = {}
     with mode(model, training=False):
         for batch in batches:
-            for name, gradient in batch_gradients(model, batch, loss_fn, params).items():
+            gradients = batch_gradients(model, batch, loss_fn, params)
+            if clip is not None:
+                norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()]))
+                gradients = {name: g * (clip / (norm + 1e-6)).clamp(max=1.0) for name, g in gradients.items()}
+            for name, gradient in gradients.items():
                 total[name] = gradient if name not in total else total[name].add_(gradient)
     if not total:
         raise InputError("batches is empty, but a gradient needs at least one batch")

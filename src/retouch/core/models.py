@@ -137,6 +137,15 @@ def predict(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
         return torch.cat([logits_of(forward(model, unpack(to_device(batch, device))[0])) for batch in batches])
 
 
+@torch.no_grad()
+def count_classes(model: nn.Module, data: Iterable[Batch]) -> int:
+    """Number of classes that the model tells apart, from its logits for the first batch."""
+    batch = next(iter(data), None)
+    if batch is None:
+        raise InputError("The data is empty, but must have at least one sample")
+    return int(predict(model, [rows_of(batch, 0, 1)]).shape[-1])
+
+
 def head_of(model: nn.Module) -> str:
     """Name of the classification head: the last linear layer of the model.
 

@@ -24,6 +24,15 @@ def generator(seed: int, *keys: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *keys))
 
 
+def fresh(generator: torch.Generator | None) -> torch.Generator:
+    """The given generator, or a new one seeded by the system, so that the global one is not drawn from."""
+    if generator is not None:
+        return generator
+    unseeded = torch.Generator()
+    unseeded.seed()
+    return unseeded
+
+
 def reseed(seed: int) -> None:
     """Set the global generators of torch, numpy and random; only for use inside `isolated`."""
     torch.default_generator.manual_seed(seed)
