@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from retouch.core.errors import InputError
 from retouch.core.models import tree_map, unpack
@@ -92,6 +92,15 @@ def subset(data: Any, indices: Sequence[int] | Tensor) -> Any:
         inputs = tree_map(lambda t: t[rows], data.inputs)
         return TensorData(inputs, None if data.targets is None else data.targets[rows])
     return Subset(data, rows.tolist())
+
+
+def in_memory(data: Any) -> TensorData:
+    """All samples as tensors, read once."""
+    data = as_dataset(data)
+    if isinstance(data, TensorData):
+        return data
+    inputs, targets = unpack(default_collate([data[i] for i in range(len(data))]))
+    return TensorData(inputs, targets)
 
 
 def concat(*parts: Any) -> Any:
