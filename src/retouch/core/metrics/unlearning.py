@@ -152,7 +152,7 @@ def membership_inference_loss(
         raise InputError(f"The smaller side has {count} samples, but must have at least 2")
     draw = np.random.default_rng(seed)
     x, y = _members_and_others(*(side[np.sort(draw.permutation(len(side))[:count])] for side in sides))
-    folds = StratifiedShuffleSplit(n_splits=splits, random_state=seed)
+    folds = StratifiedShuffleSplit(n_splits=splits, random_state=seed % 2**32)
     score = float(cross_val_score(LogisticRegression(), x, y, cv=folds, scoring="accuracy").mean())
     return score, abs(score - 0.5)
 

@@ -70,7 +70,12 @@ def concept_bottleneck(
     from sklearn.linear_model import SGDClassifier
 
     x, y = torch.as_tensor(margins).detach().cpu().numpy(), torch.as_tensor(labels).cpu().numpy()
-    settings: dict[str, Any] = {"alpha": strength, "l1_ratio": l1_ratio, "max_iter": 10000, "random_state": seed}
+    settings: dict[str, Any] = {
+        "alpha": strength,
+        "l1_ratio": l1_ratio,
+        "max_iter": 10000,
+        "random_state": seed % 2**32,
+    }
     head = SGDClassifier(loss="log_loss", penalty="elasticnet", **settings).fit(x, y)
     if len(head.classes_) != int(y.max()) + 1:
         raise InputError(f"labels hold {len(head.classes_)} classes up to {y.max()}, but must hold each one below")
