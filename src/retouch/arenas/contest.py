@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from retouch.core.errors import InputError, nearest, one_of
+from retouch.core.errors import InputError, nearest, one_of, positive
 
 Values = dict[str, list[float]]  # measure -> one value a replica, or a single value over all of them
 KINDS = ("original", "oracle", "baseline", "technique")
+VARIED = ("train", "forget", "evaluate")
 RELATIONS = ("at most", "at least", "within")
 
 
@@ -38,6 +39,52 @@ class Measure:
     better: str = "oracle"
     digits: int = 1
     line: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A picture of a leaderboard on the page.
+
+    Args:
+        kind: "scatter" of two measures, or "bars" of one.
+        x: measure on the horizontal axis.
+        y: measure on the vertical axis of a scatter.
+        text: what to see in it.
+        problems: those it is drawn for; all if empty.
+    """
+
+    kind: str
+    x: str
+    y: str = ""
+    text: str = ""
+    problems: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a kind that cannot be drawn."""
+        one_of("kind", self.kind, ("scatter", "bars"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A sample on the page, to see what every solution says of it.
+
+    Args:
+        image: (h, w) or (c, h, w) in 0 to 1.
+        title: what it is.
+        group: heading it stands under.
+    """
+
+    image: Any
+    title: str
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a solution says of a picture: a short text, and whether that is as it should be (None if that is open)."""
+
+    text: str
+    right: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +127,13 @@ class Entry:
         title: as shown.
         kind: original, oracle, baseline or technique.
         solve: (replica, **settings) -> solution; timed.
-        settings: hyperparameters by problem, found with `retouch bench ARENA --search NAME`; "" for all other problems.
+        settings: hyperparameters by problem, found with `retouch bench ARENA --search NAME`; "" for all other
+            problems.
         grid: hyperparameters and the values that the search tries, at most a dozen combinations.
         shared: problem -> None, work that is done once for all requests (kept in `problem.store`); timed apart.
         problems: those it takes part in; all if empty.
         note: what else a reader of the leaderboard must know.
+        weakness: why it may miss here, for the page to say when it does.
         claims: what its paper says, to be measured.
     """
 
@@ -97,6 +146,7 @@ class Entry:
     shared: Callable[[Any], None] | None = None
     problems: tuple[str, ...] = ()
     note: str = ""
+    weakness: str = ""
     claims: tuple[Claim, ...] = ()
 
     def settings_for(self, problem: str) -> dict[str, Any]:
@@ -108,11 +158,38 @@ class Entry:
         return [dict(zip(self.grid, point, strict=True)) for point in itertools.product(*self.grid.values())]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """On what terms a problem is posed.
+
+    Args:
+        replicas: how many seeds.
+        vary: what the seeds vary; the rest is the same in all replicas.
+        search: for a search of settings: seeds and held-out data that no evidence uses.
+        quick: save on what entries share, where a problem can.
+    """
+
+    replicas: int = 16
+    vary: tuple[str, ...] = VARIED
+    search: bool = False
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse terms that cannot be met."""
+        positive("replicas", self.replicas)
+        for name in self.vary:
+            one_of("vary", name, VARIED)
+
+    def number(self, what: str, replica: int) -> int:
+        """The seed number of a replica for "train", "forget" or "evaluate"."""
+        return replica if what in self.vary else 0
+
+
 class Problem(Protocol):
     """A question under several seeds."""
 
     name: str
-    replicas: int
+    terms: Terms
 
     def replica(self, number: int) -> Any:
         """What an entry is given."""
@@ -127,20 +204,28 @@ class Arena:
         question: what users want to know, as a sentence.
         problems: description by name.
         measures: columns by name, the most important first.
-        prepare: (problem name, replicas, vary, search=False) -> problem; a search is given seeds and held-out data
-            that no evidence uses.
+        prepare: (problem name, terms) -> problem.
         measure: (problem, solutions) -> values.
         order: measure that the leaderboard is ordered by, best first.
+        baselines: () -> entries that are no technique.
+        plots: drawn on the page.
+        pictures: problem -> samples shown on the page.
+        answers: (problem, solution) -> what it says of each picture.
+        words: (problem name, rows) -> the result in plain sentences.
     """
 
     name: str
     question: str
     problems: Mapping[str, str]
     measures: Mapping[str, Measure]
-    prepare: Callable[..., Problem]
+    prepare: Callable[[str, Terms], Problem]
     measure: Callable[[Any, Sequence[Any]], Values]
     order: str
     baselines: Callable[[], Sequence[Entry]] = tuple
+    plots: tuple[Plot, ...] = ()
+    pictures: Callable[[Any], Sequence[Picture]] = lambda problem: ()
+    answers: Callable[[Any, Any], Sequence[Answer]] = lambda problem, solution: ()
+    words: Callable[[str, Mapping[str, Any]], Sequence[str]] = lambda problem, rows: ()
 
     def entries(self) -> list[Entry]:
         """Baselines, and every file of the folder `entries`."""

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from retouch import __version__
-from retouch.arenas.contest import Arena, Entry, judge, mean, standard_error
+from retouch.arenas.contest import Arena, Entry, Picture, Terms, judge, mean, standard_error
 from retouch.core.checkpoints import atomic_file
-from retouch.core.errors import Diverged, InputError, nearest, positive
+from retouch.core.errors import Diverged, InputError, nearest
+from retouch.core.pictures import png_address
 from retouch.core.progress import bar
 
 EVIDENCE = "evidence.json"
@@ -26,8 +27,7 @@ def run(
     *,
     problems: Sequence[str] = (),
     only: Sequence[str] = (),
-    replicas: int = 16,
-    vary: Sequence[str] = ("train", "forget", "evaluate"),
+    terms: Terms = Terms(),  # noqa: B008  frozen
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Run an arena and write its evidence.
@@ -37,28 +37,30 @@ def run(
         out: folder of the evidence; entries that are in it with the same settings are not run again.
         problems: names; all if empty.
         only: entries to run, besides the originals and oracles that all are compared with; all if empty.
-        replicas: seeds.
-        vary: what the seeds vary; the rest is the same in all replicas.
+        terms: seeds and the like.
         progress: show a progress bar; None shows it on a terminal.
 
     Returns:
         The evidence.
     """
-    positive("replicas", replicas)
     entries = _chosen(arena, only)
     _known("problem", problems, list(arena.problems))
-    settings = {"replicas": replicas, "vary": sorted(vary), "version": __version__}
+    settings = json.loads(json.dumps({**dataclasses.asdict(terms), "version": __version__}))
     evidence = _load(Path(out) / EVIDENCE, arena, settings)
     names = list(problems) or list(arena.problems)
-    with bar(f"arena {arena.name}", len(names) * len(entries) * replicas, show=progress) as line:
+    with bar(f"arena {arena.name}", len(names) * len(entries) * terms.replicas, show=progress) as line:
         for name in names:
-            record = evidence["problems"].setdefault(name, {"description": arena.problems[name], "rows": {}})
+            new = {"description": arena.problems[name], "rows": {}}
+            record = evidence["problems"].setdefault(name, new)
             todo = [e for e in entries if (not e.problems or name in e.problems) and e.name not in record["rows"]]
-            line.advance((len(entries) - len(todo)) * replicas)
-            problem = arena.prepare(name, replicas, tuple(vary)) if todo else None
+            line.advance((len(entries) - len(todo)) * terms.replicas)
+            problem = arena.prepare(name, terms) if todo else None
+            if todo:
+                record["pictures"] = [_picture(picture) for picture in arena.pictures(problem)]
             for entry in todo:
-                record["rows"][entry.name] = _row(arena, problem, entry, replicas, line)
+                record["rows"][entry.name] = _row(arena, problem, entry, terms.replicas, line)
                 _judge(arena, entries, name, record)
+                record["words"] = list(arena.words(name, record["rows"]))
                 _save(Path(out) / EVIDENCE, evidence)
     return evidence
 
@@ -74,7 +76,7 @@ def search(
     _known("entry", [name], [entry.name for entry in arena.entries()])
     _known("problem", [problem], list(arena.problems))
     entry = next(entry for entry in arena.entries() if entry.name == name)
-    trial = arena.prepare(problem, replicas, ("train", "forget", "evaluate"), search=True)
+    trial = arena.prepare(problem, Terms(replicas=replicas, search=True))
     if entry.shared is not None:
         entry.shared(trial)
     found = []
@@ -124,8 +126,20 @@ def _row(arena: Arena, problem: Any, entry: Entry, replicas: int, line: Any) -> 
         line.advance(note=f"{problem.name}: {entry.title}")
     values = {**arena.measure(problem, solutions), "seconds": seconds, "memory": memory}
     values = {name: [float(v) for v in vs] for name, vs in values.items()}
-    about = {"title": entry.title, "kind": entry.kind, "note": entry.note, "settings": settings}
-    return {**about, "shared_seconds": shared, "values": values}
+    return {
+        "title": entry.title,
+        "kind": entry.kind,
+        "note": entry.note,
+        "weakness": entry.weakness,
+        "settings": settings,
+        "shared_seconds": shared,
+        "values": values,
+        "answers": [dataclasses.asdict(answer) for answer in arena.answers(problem, solutions[0])],
+    }
+
+
+def _picture(picture: Picture) -> dict[str, str]:
+    return {"png": png_address(picture.image), "title": picture.title, "group": picture.group}
 
 
 def _judge(arena: Arena, entries: Sequence[Entry], problem: str, record: dict[str, Any]) -> None:
@@ -157,6 +171,7 @@ def _load(path: Path, arena: Arena, settings: dict[str, Any]) -> dict[str, Any]:
         "settings": settings,
         "machine": machine(),
         "order": arena.order,
+        "plots": [dataclasses.asdict(plot) for plot in arena.plots],
         "measures": {name: dataclasses.asdict(measure) for name, measure in arena.measures.items()},
         "problems": {},
     }

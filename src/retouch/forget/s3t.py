@@ -60,6 +60,7 @@ CARD = Card(
 Order = list[int]
 Prefix = tuple[int, ...]
 State = dict[str, Tensor]
+ADAPTER = "slices"  # one LoRA adapter of peft; which of its layers are on is what a stage sets
 
 # --- orders of slices -----------------------------------------------------------------------------------------------
 
@@ -209,12 +210,12 @@ class SlicedAdapters(nn.Module):
         stack = layers or _longest_stack(model)
         self.groups = _groups(model, stack, num_slices, targets)
         self.model = own(model, inplace=False).requires_grad_(False)
-        for number, names in enumerate(self.groups, start=1):
-            config = peft.LoraConfig(
-                r=rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout, target_modules=names
-            )
-            with seeds.isolated(0):  # the weights that count are drawn in `fresh`
-                peft.inject_adapter_in_model(config, self.model, adapter_name=f"group{number}")
+        names = [name for group in self.groups for name in group]
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout, target_modules=names
+        )
+        with seeds.isolated(0):  # the weights that count are drawn in `fresh`
+            peft.inject_adapter_in_model(config, self.model, adapter_name=ADAPTER)
         self.active = 0
         self.truncate(0)
 
@@ -235,7 +236,8 @@ class SlicedAdapters(nn.Module):
 
     def group_parameters(self, group: int) -> dict[str, nn.Parameter]:
         """LoRA weights of a group, by name."""
-        return {name: p for name, p in self.model.named_parameters() if f".group{group}." in name}
+        inside = tuple(f"{name}.lora_" for name in self.groups[group - 1])
+        return {name: p for name, p in self.model.named_parameters() if name.startswith(inside)}
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """Weights of the head, by name."""
@@ -266,7 +268,7 @@ class SlicedAdapters(nn.Module):
         """New LoRA weights for a group, which change nothing yet."""
         with seeds.isolated(seed):
             for layer in self._lora_layers(group):
-                layer.reset_lora_parameters(f"group{group}", True)
+                layer.reset_lora_parameters(ADAPTER, True)
 
     def state(self) -> State:
         """Copies of the active groups' weights and the head's: the checkpoint of a stage."""

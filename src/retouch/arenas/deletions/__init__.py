@@ -8,7 +8,7 @@ exact: what is measured is how long it lasts and what it costs, and `exact` is a
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retouch.arenas.contest import Arena, Entry, Measure, Values
+from retouch.arenas.contest import Arena, Entry, Measure, Plot, Terms, Values, mean
 from retouch.core import seeds
 from retouch.core.batches import in_order
 from retouch.core.data import TensorData, labels_of, subset
@@ -57,16 +57,17 @@ def new_backbone() -> nn.Module:
 class DeletionProblem:
     """Backbone, shards, streams of requests, and ensembles trained once for all of them.
 
+    The ensembles are the same in all replicas; "forget" varies the streams. A search has other streams and seeds, and the
+    validation split in the test split's place.
+
     Args:
         name: "stream" or "simulated".
-        replicas: streams.
-        vary: "forget" varies the streams; the ensembles are the same in all replicas.
-        search: other streams and seeds, and the validation split in the test split's place.
+        terms: seeds and the like.
     """
 
-    def __init__(self, name: str, replicas: int, vary: Sequence[str] = ("forget",), *, search: bool = False) -> None:
-        self.name, self.replicas, self.vary, self.root = name, replicas, tuple(vary), int(search)
-        self.test = digits.data("validation" if search else "test")
+    def __init__(self, name: str, terms: Terms) -> None:
+        self.name, self.terms, self.root = name, terms, int(terms.search)
+        self.test = digits.data("validation" if terms.search else "test")
         whole = digits.data("train")
         self.public, self.private = subset(whole, range(400)), subset(whole, range(400, len(whole)))
         self.rows = split_shards(len(self.private), SHARDS, SLICES, seed=self.root)
@@ -94,7 +95,7 @@ class DeletionProblem:
     def replica(self, number: int) -> "Replica":
         """One stream of requests, as (shard, slice)."""
         shape = (SIMULATED["shards"], SIMULATED["slices"]) if self.name == "simulated" else (SHARDS, SLICES)
-        draw = seeds.generator(self.root, "stream", number if "forget" in self.vary else 0)
+        draw = seeds.generator(self.root, "stream", self.terms.number("forget", number))
         count = REQUESTS if self.name == "stream" else 100 * shape[0] * shape[1]
         hits = torch.randint(shape[0] * shape[1], (count,), generator=draw).tolist()
         return Replica(number, [divmod(hit, shape[1]) for hit in hits], self)
@@ -199,6 +200,25 @@ def is_exact(replica: Replica, ensemble: S3TEnsemble, requests: Sequence[tuple[i
     return kept.keys() == trained.keys() and all(torch.equal(kept[name], trained[name]) for name in kept)
 
 
+def words(problem: str, rows: Mapping[str, Any]) -> list[str]:
+    """The result in plain sentences."""
+    if "s3t" not in rows or "sisa" not in rows:
+        return []
+    s3t, sisa = (mean(rows[name]["values"]["served"]) for name in ("s3t", "sisa"))
+    sentences = [
+        f"With an order of the slices for each slice, {s3t:.0f} requests are served before anything must be trained; "
+        f"with one order (SISA) {sisa:.0f}. Serving a request trains nothing: it switches layers off."
+    ]
+    exact = rows["s3t"]["values"].get("exact")
+    if exact:
+        all_of_them = "all" if mean(exact) == 1 else f"{100 * mean(exact):.0f}%"
+        sentences.append(
+            f"In {all_of_them} of the {len(exact)} streams tested, a model that survived three deletions equals, bit "
+            "for bit, one trained without the deleted data."
+        )
+    return sentences
+
+
 def _baselines() -> Sequence[Entry]:
     from retouch.arenas.deletions.baselines import BASELINES
 
@@ -232,4 +252,9 @@ ARENA = Arena(
     measure=measure,
     order="served",
     baselines=_baselines,
+    plots=(
+        Plot(kind="bars", x="served", text="Deletion requests served before everything has to be trained again."),
+        Plot(kind="bars", x="area", text="Mean test accuracy over the first 20 requests.", problems=("stream",)),
+    ),
+    words=words,
 )

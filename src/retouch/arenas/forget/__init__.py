@@ -11,7 +11,7 @@ first: the floor that no technique can be expected to beat.
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retouch.arenas.contest import Arena, Entry, Measure, Values
+from retouch.arenas.contest import Answer, Arena, Entry, Measure, Picture, Plot, Terms, Values, mean
 from retouch.core import seeds
 from retouch.core.batches import in_order
 from retouch.core.checkpoints import load_tensors, save_tensors
@@ -111,27 +111,20 @@ class Replica:
 class ForgetProblem:
     """Originals, oracles and data of one problem.
 
+    A search has other seeds throughout, another random subset, and the validation split in the test split's place.
+
     Args:
         name: of the problem.
-        replicas: models of each kind.
-        vary: which of "train", "forget" and "evaluate" the replicas vary.
-        search: other seeds throughout, another random subset, and the validation split in the test split's place.
+        terms: seeds and the like.
     """
 
-    def __init__(
-        self,
-        name: str,
-        replicas: int,
-        vary: Sequence[str] = ("train", "forget", "evaluate"),
-        *,
-        search: bool = False,
-    ) -> None:
-        self.name, self.replicas, self.vary = name, replicas, tuple(vary)
-        self.root = int(search)  # all seeds are derived from this
+    def __init__(self, name: str, terms: Terms) -> None:
+        self.name, self.terms = name, terms
+        self.root = int(terms.search)  # all seeds are derived from this
         self.setting = SETTINGS[name]
         whole = digits.data("train")
         self.train = subset(whole, range(self.setting.samples))
-        self.test = digits.data("validation" if search else "test")
+        self.test = digits.data("validation" if terms.search else "test")
         self.forget_indices = self._forget_indices()
         self.kept = torch.ones(len(self.train), dtype=torch.bool)
         self.kept[self.forget_indices] = False
@@ -185,12 +178,14 @@ class ForgetProblem:
     @cached_property
     def originals(self) -> Ensemble:
         """Trained on everything."""
-        return self._models("original", torch.ones_like(self.kept), self.replicas if "train" in self.vary else 1)
+        return self._models(
+            "original", torch.ones_like(self.kept), self.terms.number("train", self.terms.replicas - 1) + 1
+        )
 
     @cached_property
     def oracles(self) -> Ensemble:
         """Trained without the forget set: the reference."""
-        return self._models("oracle", self.kept, self.replicas)
+        return self._models("oracle", self.kept, self.terms.replicas)
 
     @cached_property
     def oracle_logits(self) -> dict[str, Tensor]:
@@ -199,10 +194,9 @@ class ForgetProblem:
 
     def replica(self, number: int) -> Replica:
         """What an entry is given for replica `number`."""
-        own = number if "train" in self.vary else 0
-        seed = seeds.derive(self.root, "forget", number if "forget" in self.vary else 0)
-        parts = (self.forget, self.retain, self.train, self.forget_indices)
-        return Replica(number, self.originals[own], *parts, seed, self)
+        model = self.originals[self.terms.number("train", number)]
+        seed = seeds.derive(self.root, "forget", self.terms.number("forget", number))
+        return Replica(number, model, self.forget, self.retain, self.train, self.forget_indices, seed, self)
 
 
 def measure(problem: ForgetProblem, solutions: Sequence[nn.Module]) -> Values:
@@ -254,7 +248,7 @@ def _attack(problem: ForgetProblem, number: int, train: Tensor, test: Tensor) ->
     kept, gone = problem.kept, problem.gone
     others, tested = kept.nonzero()[:, 0], (~gone).nonzero()[:, 0]
     count = min(len(others), len(tested))
-    draw = seeds.generator(problem.root, "evaluate", number if "evaluate" in problem.vary else 0)
+    draw = seeds.generator(problem.root, "evaluate", problem.terms.number("evaluate", number))
     others = others[torch.randperm(len(others), generator=draw)[:count]]
     tested = tested[torch.randperm(len(tested), generator=draw)[:count]]
     labels = problem.labels["train"]
@@ -279,6 +273,66 @@ def _klom(problem: ForgetProblem, outputs: dict[str, Tensor]) -> Values:
         ]
         values[name] = [float(klom(*sides).quantile(0.95))]
     return values
+
+
+def pictures(problem: ForgetProblem) -> list[Picture]:
+    """Samples to forget, and others."""
+    found = []
+    for group, data, rows in _picture_rows(problem):
+        labels = labels_of(data)
+        found += [Picture(image=data[row][0], title=str(int(labels[row])), group=group) for row in rows]
+    return found
+
+
+def _picture_rows(problem: ForgetProblem) -> list[tuple[str, TensorData, list[int]]]:
+    """Headings, data and rows of the samples shown: five to forget, and a test sample of each other digit."""
+    whole_class = bool(problem.gone.any())
+    forget: tuple[str, TensorData, list[int]] = ("to forget", problem.forget, list(range(5)))
+    if whole_class:
+        forget = (f"unseen {DIGIT}s", problem.test, problem.gone.nonzero()[:5, 0].tolist())
+    labels = problem.labels["test"]
+    others = [c for c in range(10) if not (whole_class and c == DIGIT)]
+    keep = [int((labels == c).nonzero()[0, 0]) for c in others]
+    return [forget, ("to keep", problem.test, keep)]
+
+
+def answers(problem: ForgetProblem, model: nn.Module) -> list[Answer]:
+    """The class a model sees in each picture, with its probability."""
+    found = []
+    for group, data, rows in _picture_rows(problem):
+        probabilities = predict(model, in_order(subset(data, rows))).nan_to_num().softmax(-1)
+        labels = labels_of(subset(data, rows))
+        for row, label in zip(probabilities, labels, strict=True):
+            seen = int(row.argmax())
+            right = None if group == "to forget" else (seen == int(label)) != (group != "to keep")
+            found.append(Answer(text=f"{seen} ({100 * float(row.max()):.0f}%)", right=right))
+    return found
+
+
+def words(problem: str, rows: Mapping[str, Any]) -> list[str]:
+    """The result in plain sentences."""
+    if "retrain" not in rows or "nothing" not in rows:
+        return []
+    value = {name: {m: mean(v) for m, v in row["values"].items()} for name, row in rows.items()}
+    original, oracle = value["nothing"], value["retrain"]
+    sentences = [
+        f"Before, the network is right on {original['forget']:.0f}% of the samples to forget. Trained again without them "
+        f"it is right on {oracle['forget']:.0f}% of them, and on {oracle['test']:.1f}% of the test samples to keep: that "
+        "is the aim, not zero and not a hundred."
+    ]
+    techniques = {name: row for name, row in rows.items() if row["kind"] == "technique"}
+    if techniques:
+        best = min(techniques, key=lambda name: value[name]["gap"])
+        sentences.append(
+            f"{rows[best]['title']} comes nearest to that, {value[best]['gap']:.1f} points off on average (a second "
+            f"retrained network is {oracle['gap']:.1f} off), in 1/{value[best]['speedup']:.0f} of the time."
+        )
+    for name, row in techniques.items():
+        forget, test = value[name]["forget"] - oracle["forget"], value[name]["test"] - oracle["test"]
+        if abs(forget) > 5 or abs(test) > 3:
+            missed = f"{forget:+.0f} points in forget accuracy, {test:+.1f} in test accuracy"
+            sentences.append(f"{row['title']} misses the aim: {missed}. {row['weakness']}".strip())
+    return sentences
 
 
 MEASURES = {
@@ -335,4 +389,16 @@ ARENA = Arena(
     measure=measure,
     order="gap",
     baselines=_baselines,
+    plots=(
+        Plot(
+            kind="scatter",
+            x="forget",
+            y="test",
+            text="Forgetting against keeping. The star is the retrained network: the nearer, the better. To its right, too "
+            "little is forgotten; below it, the samples to keep have paid for it.",
+        ),
+    ),
+    pictures=pictures,
+    answers=answers,
+    words=words,
 )

@@ -1,0 +1,1 @@
+"""Evidence into leaderboards on the terminal and self-contained web pages."""

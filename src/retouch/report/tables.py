@@ -1,0 +1,117 @@
+"""Leaderboards: rows of evidence in order, with every number as text, for the terminal and for pages."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Evidence = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as it is shown: text, and the standard error behind it ("" where there is none)."""
+
+    text: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contestant's line of a leaderboard."""
+
+    name: str
+    title: str
+    kind: str
+    note: str
+    cells: list[Cell]
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """Columns and lines, best first; originals and oracles on top."""
+
+    columns: list[tuple[str, dict[str, Any]]]
+    lines: list[Line]
+
+
+def number(value: float, digits: int) -> str:
+    """A number as text; long ones without decimals, missing ones as a dash."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{0 if abs(value) >= 1000 else digits}f}"
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of the finite values, and its standard error."""
+    found = [v for v in values if v is not None and math.isfinite(v)]
+    if not found:
+        return math.nan, math.nan
+    mean = sum(found) / len(found)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in found) / (len(found) - 1)) if len(found) > 1 else math.nan
+    return mean, spread / math.sqrt(len(found))
+
+
+def leaderboard(evidence: Evidence, problem: str) -> Leaderboard:
+    """The leaderboard of one problem of an arena's evidence."""
+    record = evidence["problems"][problem]
+    rows = record["rows"]
+    columns = [
+        (name, measure)
+        for name, measure in evidence["measures"].items()
+        if any(name in row["values"] and _finite(row["values"][name]) for row in rows.values())
+    ]
+    order, sign = evidence["order"], -1 if evidence["measures"][evidence["order"]]["better"] == "high" else 1
+    ranks = {"oracle": 0, "original": 1}
+
+    def rank(item: tuple[str, dict[str, Any]]) -> tuple[float, ...]:
+        mean = mean_and_error(item[1]["values"].get(order, []))[0]
+        return ranks.get(item[1]["kind"], 2), math.inf if math.isnan(mean) else sign * mean
+
+    lines = []
+    for name, row in sorted(rows.items(), key=rank):
+        cells = []
+        for measure_name, measure in columns:
+            mean, error = mean_and_error(row["values"].get(measure_name, []))
+            digits = measure["digits"]
+            cells.append(Cell(number(mean, digits), number(error, digits) if math.isfinite(error) else ""))
+        settings = ", ".join(f"{key} {value:g}" for key, value in row.get("settings", {}).items())
+        note = "; ".join(part for part in (settings, row.get("note", "")) if part)
+        lines.append(Line(name, row["title"], row["kind"], note, cells))
+    return Leaderboard(columns, lines)
+
+
+def _finite(values: Sequence[float]) -> bool:
+    return any(v is not None and math.isfinite(v) for v in values)
+
+
+def print_leaderboards(evidence: Evidence) -> None:
+    """Print every problem's leaderboard and claims to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for problem, record in evidence["problems"].items():
+        board = leaderboard(evidence, problem)
+        table = Table(title=f"{evidence['arena']}/{problem}: {record['description']}", title_justify="left")
+        table.add_column("")
+        for _, measure in board.columns:
+            table.add_column(measure["title"] + (f" {measure['unit']}" if measure["unit"] else ""), justify="right")
+        styles = {"oracle": "bold green", "original": "dim", "technique": "bold", "baseline": ""}
+        for line in board.lines:
+            cells = [f"{c.text} ±{c.error}" if c.error else c.text for c in line.cells]
+            table.add_row(line.title, *cells, style=styles[line.kind])
+        console.print(table)
+        for claim in record.get("claims", []):
+            mark = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "not measured"}[claim["holds"]]
+            console.print(f"  {mark}  {claim['text']} ({claim_numbers(claim)})", highlight=False)
+
+
+def claim_numbers(claim: dict[str, Any]) -> str:
+    """The measured difference of a claim in words."""
+    if claim["difference"] is None:
+        return "not measured"
+    other = claim["other"] if claim["factor"] == 1 else f"{claim['factor']:g} x {claim['other']}"
+    error = "" if claim["error"] is None or not math.isfinite(claim["error"]) else f" ± {claim['error']:.2g}"
+    wanted = f"{claim['relation']} {claim['margin']:g}"
+    return f"{claim['measure']} minus that of {other}: {claim['difference']:.3g}{error}, wanted {wanted}"
