@@ -85,8 +85,9 @@ def cards(room: str | None = None) -> tuple[Card, ...]:
         raise InputError(f"{room!r} is no room; the rooms are {', '.join(ROOMS)}.{nearest(room, ROOMS)}")
     found = []
     for folder in (room,) if room else ROOMS:
-        files = [*(PACKAGE / folder).glob("*.py"), *(PACKAGE / folder).glob("*/__init__.py")]
-        read = [read_card(p) for p in files if p != PACKAGE / folder / "__init__.py" and not p.stem.startswith("_")]
+        home = PACKAGE / folder
+        files = [f for f in home.glob("*.py") if not f.stem.startswith("_")] + list(home.glob("[!_]*/__init__.py"))
+        read = [read_card(file) for file in files]
         found += sorted((card for card in read if card), key=lambda card: card.name)
     return tuple(found)
 

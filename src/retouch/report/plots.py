@@ -71,15 +71,21 @@ def scatter(points: Sequence[Point], *, x: str, y: str, description: str) -> str
     figure = _figure(7.0, 4.6)
     axes = figure.subplots()
     _style(axes, x, y)
+    # What has been destroyed must not squeeze all others together: it is drawn at the edge, with its number.
+    kept = [point["y"] for point in points if point["kind"] != "baseline"] or [point["y"] for point in points]
+    floor = min(kept) - max(0.6 * (max(kept) - min(kept)), 3.0)
+    drawn = []
     for point in points:
-        colour, marker = KIND_COLOURS[point["kind"]], KIND_MARKERS[point["kind"]]
+        below = point["y"] < floor
+        shown = {**point, "y": max(point["y"], floor)}
+        if below:
+            shown |= {"title": f"{point['title']} (at {point['y']:.0f})", "y_error": None}
+        drawn.append(shown)
+        colour, marker = KIND_COLOURS[point["kind"]], "v" if below else KIND_MARKERS[point["kind"]]
         size = 15 if point["kind"] == "oracle" else 8
-        errors = {"xerr": point.get("x_error"), "yerr": point.get("y_error")}
-        axes.errorbar(
-            point["x"], point["y"], **errors, fmt=marker, color=colour, markersize=size, elinewidth=1, zorder=3
-        )
-    _names(axes, points)
-    axes.margins(0.12)
+        errors = {"xerr": shown.get("x_error"), "yerr": shown.get("y_error"), "elinewidth": 1}
+        axes.errorbar(shown["x"], shown["y"], **errors, fmt=marker, color=colour, markersize=size, zorder=3)
+    _names(axes, drawn)
     return _svg(figure, description)
 
 

@@ -86,32 +86,43 @@ def _finite(values: Sequence[float]) -> bool:
 
 
 def print_leaderboards(evidence: Evidence) -> None:
-    """Print every problem's leaderboard and claims to the terminal."""
+    """Print every problem's leaderboard and claims to the terminal, with as many columns as it has room for."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(highlight=False)
     for problem, record in evidence["problems"].items():
         board = leaderboard(evidence, problem)
-        table = Table(title=f"{evidence['arena']}/{problem}: {record['description']}", title_justify="left")
-        table.add_column("")
-        for _, measure in board.columns:
-            table.add_column(measure["title"] + (f" {measure['unit']}" if measure["unit"] else ""), justify="right")
-        styles = {"oracle": "bold green", "original": "dim", "technique": "bold", "baseline": ""}
+        console.print(f"\n[bold]{evidence['arena']}/{problem}[/]  {escape(record['description'])}")
+        table = Table(box=None, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        room = console.width - max((len(line.title) for line in board.lines), default=0)
+        shown = []
+        for number, (_, measure) in enumerate(board.columns):
+            heading = measure["title"] + (f" {measure['unit']}" if measure["unit"] else "")
+            room -= 2 + max(len(heading), *(len(line.cells[number].text) for line in board.lines))
+            if room < 0:
+                break
+            table.add_column(heading, justify="right", no_wrap=True)
+            shown.append(number)
+        styles = {"oracle": "green", "original": "dim", "technique": "bold", "baseline": ""}
         for line in board.lines:
-            cells = [f"{c.text} ±{c.error}" if c.error else c.text for c in line.cells]
-            table.add_row(line.title, *cells, style=styles[line.kind])
+            table.add_row(line.title, *(line.cells[number].text for number in shown), style=styles[line.kind])
         console.print(table)
         for claim in record.get("claims", []):
             mark = {True: "[green]holds[/]", False: "[red]does not hold[/]", None: "not measured"}[claim["holds"]]
-            console.print(f"  {mark}  {claim['text']} ({claim_numbers(claim)})", highlight=False)
+            console.print(f"  {mark}: {escape(claim['text'])} [dim]{escape(claim_numbers(claim, evidence))}[/]")
 
 
-def claim_numbers(claim: dict[str, Any]) -> str:
+def claim_numbers(claim: dict[str, Any], evidence: Evidence) -> str:
     """The measured difference of a claim in words."""
     if claim["difference"] is None:
         return "not measured"
-    other = claim["other"] if claim["factor"] == 1 else f"{claim['factor']:g} x {claim['other']}"
+    rows = evidence["problems"][claim["problem"]]["rows"]
+    measure, ours, other = evidence["measures"][claim["measure"]], rows[claim["entry"]], rows[claim["other"]]
+    against = other["title"] if claim["factor"] == 1 else f"{claim['factor']:g} x {other['title']}"
     error = "" if claim["error"] is None or not math.isfinite(claim["error"]) else f" ± {claim['error']:.2g}"
-    wanted = f"{claim['relation']} {claim['margin']:g}"
-    return f"{claim['measure']} minus that of {other}: {claim['difference']:.3g}{error}, wanted {wanted}"
+    unit = f" {measure['unit']}" if measure["unit"] else ""
+    wanted = f"wanted {claim['relation']} {claim['margin']:g}{unit}"
+    return f"{measure['title']}: {ours['title']} minus {against} is {claim['difference']:.3g}{error}{unit}, {wanted}"

@@ -1,6 +1,7 @@
 """Embedded worlds: small data with exact answers, and reference models trained on it. Nothing is downloaded.
 
-A world is a module with `data(split)`, `reference(variant)`, `VARIANTS` and `build(folder)`.
+A world is a module with `CLASSES`, `VARIANTS` of models (those in `QUICK` train in seconds), `data(split)`,
+`image_processor()`, `train(variant, samples, seed=...)`, `reference(variant)`, `quality(variant)` and `build(folder)`.
 """
 
 from pathlib import Path

@@ -33,6 +33,7 @@ from retouch.worlds import WEIGHTS
 CLASSES = tuple("0123456789")
 SPLITS = {"train": 1200, "validation": 200, "test": 397}
 VARIANTS = ("cnn", "vit")
+QUICK = ("cnn",)  # can be trained again in seconds
 
 
 @functools.cache

@@ -57,8 +57,8 @@ def new_backbone() -> nn.Module:
 class DeletionProblem:
     """Backbone, shards, streams of requests, and ensembles trained once for all of them.
 
-    The ensembles are the same in all replicas; "forget" varies the streams. A search has other streams and seeds, and the
-    validation split in the test split's place.
+    The ensembles are the same in all replicas; "forget" varies the streams. A search has other streams and seeds, and
+    the validation split in the test split's place.
 
     Args:
         name: "stream" or "simulated".

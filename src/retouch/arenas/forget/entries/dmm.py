@@ -49,7 +49,7 @@ ENTRY = Entry(
     solve=solve,
     shared=shared,
     settings={"": {"lr": 2e-3, "epochs": 10, "retain_multiplier": 8.0, "forget_multiplier": 3.0}},
-    grid={"lr": (5e-4, 2e-3, 5e-3), "epochs": (5, 20)},
+    grid={"lr": (2e-3, 5e-3, 1e-2), "epochs": (5, 20, 40)},
     note="datamodels from 800 subset models (2000 for the subpopulation, 32 in the quick version), trained once",
     weakness="Its datamodels have seen random halves of the data, none of them without a whole class, and there are "
     "fewer of them here than training points; the subpopulation is the question it is made for.",

@@ -1,0 +1,25 @@
+"""`retouch show NAME`."""
+
+from collections.abc import Sequence
+
+from retouch.core.cards import find
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Print one technique's page."""
+    import tyro
+
+    def show(name: tyro.conf.Positional[str]) -> None:
+        """One technique: what it does, when to use it, its paper and its options.
+
+        Args:
+            name: of the technique, as retouch list has it.
+        """
+        card = find(name)
+        plugin = card.plugin or card.name
+        print(f"{card.title}\n{card.room}, {card.shape}; {card.paper}; {', '.join(card.tags)}\n")  # noqa: T201
+        print(card.docstring)  # noqa: T201
+        print(f"\nfrom {card.module} import {plugin}")  # noqa: T201
+        print(f"retouch {card.room} {card.name} --help lists its options.")  # noqa: T201
+
+    tyro.cli(show, prog="retouch show", args=list(arguments))

@@ -1,0 +1,33 @@
+"""`retouch worlds [list | build NAME]`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from retouch.worlds import WEIGHTS, names, world
+
+
+def run(arguments: Sequence[str]) -> None:
+    """List the worlds, or train the reference models of one again."""
+    import tyro
+
+    def list_worlds() -> None:
+        """The embedded worlds."""
+        for name in names():
+            module = world(name)
+            print(f"{name}: {(module.__doc__ or '').splitlines()[0]}")  # noqa: T201
+            for variant in module.VARIANTS:
+                print(f"  {name}/{variant:6} {module.quality(variant)}")  # noqa: T201
+
+    def build(name: tyro.conf.Positional[str], out: Path = WEIGHTS, seed: int = 0) -> None:
+        """Train the reference models of a world and write them with their measured quality.
+
+        Args:
+            name: of the world.
+            out: folder for the weights; those of the package if left out.
+            seed: of weights and orders.
+        """
+        world(name).build(out, seed=seed)
+
+    tyro.extras.subcommand_cli_from_dict(
+        {"list": list_worlds, "build": build}, prog="retouch worlds", args=list(arguments) or ["list"]
+    )
