@@ -259,13 +259,15 @@ def test_a_sequential_sampler_of_a_part_of_the_data_stays_so():
     assert read(source) == [[0, 1], [2, 3]]
 
 
-def test_a_loader_over_ready_batches_gives_them(global_rng_untouched):
+def test_a_loader_over_ready_batches_gives_them():
+    generators = torch.get_rng_state()
     ready = [(X[:4], Y[:4]), (X[4:], Y[4:])]
     source = as_batches(DataLoader(ready, batch_size=None, shuffle=True))
     batches = list(source.epoch(0))
     assert sorted(local for _, local, _ in batches) == [4, 7]
     for (inputs, targets), _, _ in batches:
         assert torch.equal(Y[inputs.view(-1).long()], targets)
+    assert torch.equal(torch.get_rng_state(), generators)
 
 
 # --- several data sets ----------------------------------------------------------------------------------------------
