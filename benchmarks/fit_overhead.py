@@ -7,7 +7,7 @@ from ratios import compare
 from retouch.core.loop import fit
 from retouch.worlds import digits
 
-EPOCHS, BATCH = 5, 64
+EPOCHS, BATCH = 10, 64
 
 
 def by_fit():

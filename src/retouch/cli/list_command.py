@@ -17,10 +17,11 @@ def run(arguments: Sequence[str]) -> None:
         """
         rooms = [room] if room else [name for name in ROOMS if cards(name)]
         for name in rooms:
+            found = cards(name)
             print(f"\n{name}: {room_line(name)}")  # noqa: T201
-            for card in cards(name):
+            for card in found:
                 print(f"  {card.name:20} {card.line}")  # noqa: T201
-            if not cards(name):
+            if not found:
                 print("  nothing yet")  # noqa: T201
         print("\nretouch show NAME tells more.")  # noqa: T201
 

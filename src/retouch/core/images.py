@@ -86,9 +86,12 @@ def load_images(path: str | Path, processor: Processor, label2id: dict[str, int]
 
 
 def _ids(names: Sequence[str], label2id: dict[str, int] | None) -> dict[str, int]:
-    """Class ids by name: the model's if it knows all of these names, else their order."""
-    if label2id and set(names) <= set(label2id):
+    """Class ids by name: the model's if it knows these names, their order if it knows none of them."""
+    unknown = [name for name in names if name not in (label2id or {})]
+    if label2id and not unknown:
         return {name: int(label2id[name]) for name in names}
+    if len(unknown) < len(names):
+        raise InputError(f"The data has the classes {', '.join(unknown)}, which the model does not know")
     return {name: number for number, name in enumerate(names)}
 
 

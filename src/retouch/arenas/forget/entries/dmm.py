@@ -27,7 +27,7 @@ def shared(problem: ForgetProblem) -> None:
     problem.store["datamodel"] = fit_datamodels(masks, logits.float())
 
 
-def solve(replica: Replica, *, lr: float, epochs: int, retain_multiplier: float, forget_multiplier: float) -> nn.Module:
+def solve(replica: Replica, *, lr: float, epochs: int) -> nn.Module:
     """Match the simulated oracle; labels are not read."""
     return datamodel_matching(
         replica.model,
@@ -37,8 +37,8 @@ def solve(replica: Replica, *, lr: float, epochs: int, retain_multiplier: float,
         lr=lr,
         epochs=epochs,
         batch_size=64,
-        retain_multiplier=retain_multiplier,
-        forget_multiplier=forget_multiplier,
+        retain_multiplier=8.0,
+        forget_multiplier=3.0,
         seed=replica.seed,
     )
 
@@ -48,7 +48,7 @@ ENTRY = Entry(
     title="DMM",
     solve=solve,
     shared=shared,
-    settings={"": {"lr": 2e-3, "epochs": 10, "retain_multiplier": 8.0, "forget_multiplier": 3.0}},
+    settings={"": {"lr": 5e-3, "epochs": 20}, "subpopulation": {"lr": 1e-2, "epochs": 40}},
     grid={"lr": (2e-3, 5e-3, 1e-2), "epochs": (5, 20, 40)},
     note="datamodels from 800 subset models (2000 for the subpopulation, 32 in the quick version), trained once",
     weakness="Its datamodels have seen random halves of the data, none of them without a whole class, and there are "

@@ -7,9 +7,7 @@ from retouch.arenas.forget import Replica
 from retouch.forget.laf import laf
 
 
-def solve(
-    replica: Replica, *, lr_ue: float, lr_ra: float, temperature: float, epochs: int, cycle: bool = False
-) -> nn.Module:
+def solve(replica: Replica, *, lr_ue: float, lr_ra: float, temperature: float, epochs: int = 100) -> nn.Module:
     """The representation is what the head takes in; labels are not read."""
     return laf(
         replica.model,
@@ -21,7 +19,6 @@ def solve(
         epochs=epochs,
         latent=8,
         vae_epochs=20,
-        cycle=cycle,
         seed=replica.seed,
     )
 
@@ -30,7 +27,11 @@ ENTRY = Entry(
     name="laf",
     title="LAF",
     solve=solve,
-    settings={"": {"lr_ue": 1e-3, "lr_ra": 1e-3, "temperature": 20.0, "epochs": 100}},
+    settings={
+        "class": {"lr_ue": 3e-4, "lr_ra": 1e-3, "temperature": 5.0},
+        "subset": {"lr_ue": 1e-3, "lr_ra": 1e-3, "temperature": 5.0},
+        "subpopulation": {"lr_ue": 3e-4, "lr_ra": 3e-4, "temperature": 20.0},
+    },
     grid={"lr_ue": (3e-4, 1e-3), "lr_ra": (3e-4, 1e-3), "temperature": (5.0, 20.0)},
     note="no labels",
     claims=(

@@ -17,7 +17,11 @@ ENTRY = Entry(
     name="salun",
     title="SalUn",
     solve=solve,
-    settings={"": {"lr": 0.01, "epochs": 4}},
+    settings={
+        "class": {"lr": 0.01, "epochs": 4},
+        "subset": {"lr": 0.03, "epochs": 4},
+        "subpopulation": {"lr": 0.003, "epochs": 2},
+    },
     grid={"lr": (0.001, 0.003, 0.01, 0.03), "epochs": (2, 4, 8)},
     claims=(
         Claim(
