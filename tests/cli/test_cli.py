@@ -283,7 +283,7 @@ def test_demo_makes_its_page(retouch, tmp_path, monkeypatch):
     monkeypatch.setenv("RETOUCH_CACHE", str(tmp_path / "cache"))
     from retouch.arenas.forget.entries import dmm
 
-    monkeypatch.setattr(dmm, "MODELS", {"class": 2, "subpopulation": 16})
+    monkeypatch.setattr(dmm, "QUICK", {"class": 2, "subpopulation": 16})
     code, said, err = retouch("demo", "--out", tmp_path / "demo", "--replicas", "1")
     assert code == 0, err
     page = (tmp_path / "demo" / "index.html").read_text()

@@ -321,17 +321,21 @@ def test_convex_check_matching_the_simulated_oracle_reaches_the_closed_form_leav
 
     model = nn.Linear(5, 2, bias=False).double()
     model.weight.data = everything.T.clone()
-    settings = {"epochs": 300, "lr": 0.1, "batch_size": 64}
+    settings = {"epochs": 100, "lr": 0.05, "batch_size": 2}
     trained = datamodel_matching(model, TensorData(x, torch.zeros(40)), forget, datamodel, **settings)
     assert (trained.weight.T - oracle).abs().max() < 1e-6
-    weights = everything.clone()  # descent on the retained points alone, for as many steps, has not come as far
-    kept = [i for i in range(40) if i not in forget]
-    adam = torch.optim.Adam([weights.requires_grad_(True)], lr=1e-4)
-    for _ in range(300):
+
+    retained = [i for i in range(40) if i not in forget]
+    plain = copy.deepcopy(model)  # descent on the retained points' labels, for as many steps, does not come as far
+    plain.weight.data = everything.T.clone()
+    adam = torch.optim.Adam(plain.parameters(), lr=0.05)
+    for step in range(800):
+        adam.param_groups[0]["lr"] = 0.05 * 0.95 ** (step // 8)
+        rows = torch.tensor(retained)[torch.randint(36, (2,), generator=draw)]
         adam.zero_grad()
-        (x[kept] @ weights - y[kept]).square().mean().backward()
+        F.mse_loss(plain(x[rows]), y[rows]).backward()
         adam.step()
-    assert (weights - oracle).abs().max() > 1e-3
+    assert (plain.weight.T - oracle).abs().max() > 1e-4
 
 
 # --- the matching set -----------------------------------------------------------------------------------------------
@@ -418,7 +422,7 @@ def test_learning_rate_falls_with_epochs_and_not_with_steps():
     data = TensorData(torch.ones(8, 1, dtype=torch.float64))
     datamodel = torch.full((8, 8, 1), -1e6, dtype=torch.float64)
     edited = datamodel_matching(model, data, [0, 1], datamodel, epochs=3, lr=0.1, batch_size=2)  # 8 rows: 4 steps
-    moved = float(edited.weight - model.weight)
+    moved = (edited.weight - model.weight).item()
     assert moved == pytest.approx(4 * 0.1 * (1 + 0.95 + 0.95**2), rel=1e-3)
 
 
@@ -503,25 +507,26 @@ class Mlp(nn.Module):
 QUICK = {"models": 6, "model_epochs": 2, "epochs": 2}
 
 
-def test_plug_in_end_to_end_predicts_and_matches_what_subset_models_say():
-    """A point with a label of its own: models trained without it do not know the label, and neither should ours."""
+def test_plug_in_end_to_end_moves_forget_points_as_retraining_would():
+    """Points with a wrong label: models trained without them do not know it, so their margin must fall."""
     from retouch.core.loop import fit
 
     data = digits.data("train")
     x, y = data.inputs[:60], data.targets[:60].clone()
-    wrong = (y[:3] + 5) % 10
-    y[:3] = wrong
-    forget, retain = TensorData(x[:3], y[:3]), TensorData(x[3:], y[3:])
+    y[:3] = (y[:3] + 5) % 10
     torch.manual_seed(0)
     model = Mlp()
-    fit(model, TensorData(x, y), epochs=120, batch_size=32, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    fit(model, TensorData(x, y), epochs=60, batch_size=32, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    forget, retain = TensorData(x[:3], y[:3]), TensorData(x[3:], y[3:])
     edited = dmm(model, forget, retain, models=96, model_epochs=20, model_batch_size=32, epochs=40, lr=5e-3)
     with torch.no_grad():
-        before, after = (one(x).softmax(1) for one in (model, edited))
-    rows = torch.arange(3)
-    assert (before[rows, wrong] > 0.9).all()
-    assert after[rows, wrong].mean() < 0.5
-    assert (after.argmax(1) == y)[3:].double().mean() > 0.85
+        before, after = (classification_margins(one(x), y) for one in (model, edited))
+    assert (before > 0).all()
+    change = after - before
+    assert (change[:3] < -0.1).all()
+    assert change[:3].mean() < -0.3
+    assert change[3:].abs().mean() < 0.5 * change[:3].abs().mean()
+    assert (after[3:] > 0).all()
 
 
 def test_plug_in_equals_its_parts(digits_small):

@@ -11,6 +11,7 @@ from retouch.core import seeds
 from retouch.core.batches import in_order
 from retouch.core.data import TensorData, subset
 from retouch.core.errors import Diverged, InputError
+from retouch.core.features import features_of
 from retouch.core.models import predict
 from retouch.forget.laf import (
     RepresentationVAE,
@@ -497,6 +498,21 @@ def test_any_layer_may_be_the_representation(trained_cnn, digits_small, settings
     if settings.get("layer") == "conv2":
         layers -= {"conv2"}  # its input is the representation
     assert {name.partition(".")[0] for name in moved} == layers
+
+
+def test_autoencoder_of_what_remains_may_be_fitted_to_the_retained_data_alone(trained_cnn, digits_small):
+    data = digits_small.train
+    forget, retain = subset(data, range(24)), subset(data, range(24, 240))
+    actual = laf(trained_cnn, forget, retain, reference="retain", **QUICK)
+
+    def before_head(model, x):
+        return features_of(model, x, "head", side="input")
+
+    expected = label_agnostic_forgetting(trained_cnn, before_head, retain, forget, retain, cache_original=True, **QUICK)
+    assert_same(state(actual), state(expected))
+    with_all = label_agnostic_forgetting(trained_cnn, before_head, data, forget, retain, cache_original=True, **QUICK)
+    assert_same(state(laf(trained_cnn, forget, retain, **QUICK)), state(with_all))
+    assert not torch.equal(actual.fc.weight, with_all.fc.weight)
 
 
 def test_moves_a_real_vit_but_for_its_head(tiny_vit, digits_small):

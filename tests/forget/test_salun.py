@@ -161,6 +161,8 @@ def test_gradient_norm_of_each_batch_is_clipped_before_the_sum():
 
     assert saliency_mask(Two(), batches, loss, ratio=0.5)["w"].tolist() == [True, False]
     assert saliency_mask(Two(), batches, loss, ratio=0.5, clip=1.0)["w"].tolist() == [False, True]
+    small = [torch.tensor([[0.3, 0.0]]), torch.tensor([[0.3, 0.0]]), torch.tensor([[0.0, 0.7]])]
+    assert saliency_mask(Two(), small, loss, ratio=0.5, clip=1.0)["w"].tolist() == [False, True]  # not made larger
 
 
 def test_tensor_scope_ranks_each_parameter_for_itself():
@@ -241,6 +243,7 @@ def test_masked_out_weights_stay_bitwise_after_any_number_of_steps(kind):
         masked.step()
         for name, p in model.named_parameters():
             assert torch.equal(p[~mask[name]], start[name][~mask[name]]), name
+            assert not p.grad[~mask[name]].any()
             for value in masked.optimizer.state[p].values():
                 if value is not None and value.shape == p.shape:
                     assert not value[~mask[name]].any()
@@ -667,6 +670,7 @@ def test_diffusion_mask_and_steps_equal_a_plain_loop(guided):
     """Replayed from what the run saw: the mask's loss, both terms, clipping before masking, Adam."""
     model, calls, alpha, ratio, iterations = Toy(), [], 0.01, 0.4, 4
     forget, retain = clean_batch(1) + clean_batch(1, 5), clean_batch(2, 7) + clean_batch(2, 4)
+    forget[1] = (30 * forget[1][0], forget[1][1])  # a batch whose gradient would drown the other's without the clip
     empty = {"unconditional": lambda c: torch.full_like(c, 3), "guidance": 2.0} if guided else {}
     edited = salun_diffusion(
         model,

@@ -20,6 +20,7 @@ def run(arguments: Sequence[str]) -> None:
         vary: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
         quick: bool = False,
         search: str = "",
+        threads: int = 1,
         out: Path = Path("retouch-bench"),
     ) -> None:
         """Run an arena: the same work for every technique that answers its question.
@@ -34,11 +35,17 @@ def run(arguments: Sequence[str]) -> None:
             vary: what the seeds vary: train, forget or evaluate; may be given again; all three if left out.
             quick: save on what entries share, such as subset models.
             search: try this entry's grid of settings on seeds and data that no evidence uses, and print the result.
+            threads: of torch; the networks of most arenas are too small for more than one.
             out: folder of the evidence.
         """
+        import torch
+
         from retouch.arenas.contest import VARIED, Terms, arena_names
         from retouch.arenas.contest import arena as find_arena
+        from retouch.core.errors import positive
 
+        positive("threads", threads)
+        torch.set_num_threads(threads)
         terms = Terms(replicas=replicas, vary=vary or VARIED, quick=quick)
         arenas = [find_arena(name) for name in ([arena] if arena else arena_names())]
         if search:

@@ -15,11 +15,14 @@ def run(arguments: Sequence[str]) -> None:
             out: folder of the page and its evidence.
             replicas: networks that each technique is tried on.
         """
+        import torch
+
         from retouch.arenas.contest import Terms, arena
         from retouch.arenas.runner import run as run_arena
         from retouch.report.page import arenas_page
         from retouch.report.tables import print_leaderboards
 
+        torch.set_num_threads(1)  # these networks are too small for more, and the machine may be busy
         forget = run_arena(
             arena("forget"),
             out / "forget",
