@@ -17,12 +17,11 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     default_collate,
 )
 
 from retouch.core import seeds
-from retouch.core.data import TensorData, as_dataset
+from retouch.core.data import TensorData, as_dataset, collate
 from retouch.core.errors import InputError, positive
 from retouch.core.models import Batch, rows_of, size_of
 
@@ -35,8 +34,8 @@ class Batches(ABC):
         """Batches an epoch."""
 
     @abstractmethod
-    def epoch(self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, int, int]]:
-        """Batches from number `start` on, as (this process's batch, samples in it, samples over all processes)."""
+    def epoch(self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, float, int]]:
+        """Batches from number `start` on, as (this process's batch, samples it weighs, samples over all processes)."""
 
 
 class Planned(Batches):
@@ -57,13 +56,13 @@ class Planned(Batches):
         """The batch for one item."""
 
     @abstractmethod
-    def split(self, item: Any, rank: int, world: int) -> tuple[Any, int, int]:
-        """Process `rank`'s part of an item, the number of samples in it, and that of the whole item.
+    def split(self, item: Any, rank: int, world: int) -> tuple[Any, float, int]:
+        """Process `rank`'s part of an item, the number of samples that it weighs, and that of the whole item.
 
         A batch of fewer samples than processes leaves some with one sample that counts as none.
         """
 
-    def epoch(self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, int, int]]:
+    def epoch(self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, float, int]]:
         parts = [self.split(item, rank, world) for item in self.plan(epoch)[start:]]
         if self.workers:
             fetched: Iterable[Batch] = DataLoader(
@@ -72,6 +71,9 @@ class Planned(Batches):
                 batch_size=None,
                 num_workers=self.workers,
                 collate_fn=_same,
+                generator=torch.Generator().manual_seed(
+                    epoch
+                ),  # of the workers' seeds; else the global one is drawn from
             )
         else:
             fetched = (self.fetch(item) for item, _, _ in parts)
@@ -123,16 +125,12 @@ class Shuffled(Planned):
         shuffle: bool = True,
         seed: int = 0,
         drop_last: bool = False,
-        collate: Callable[[Any], Any] = default_collate,
+        collate: Callable[[Any], Any] = collate,
         workers: int = 0,
     ) -> None:
         positive("batch_size", batch_size)
         self.data, self.batch_size, self.shuffle, self.seed = as_dataset(data), batch_size, shuffle, seed
-        self.drop_last, self.workers = drop_last, workers
-        whole = self.data
-        while isinstance(whole, Subset):
-            whole = whole.dataset
-        self.collate = _same if isinstance(whole, TensorData) else collate
+        self.drop_last, self.workers, self.collate = drop_last, workers, collate
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.data), self.batch_size)
@@ -146,8 +144,8 @@ class Shuffled(Planned):
         return list(order.split(self.batch_size))[: len(self)]
 
     def fetch(self, item: Any) -> Batch:
-        if isinstance(self.data, TensorData):
-            return self.data[item]
+        if isinstance(self.data, TensorData) and self.collate is collate:
+            return self.data[torch.as_tensor(item)]  # a batch is one indexing operation
         rows = torch.as_tensor(item).tolist()
         if hasattr(self.data, "__getitems__"):
             return self.collate(self.data.__getitems__(rows))
@@ -230,10 +228,17 @@ class Together(Planned):
     def fetch(self, item: Any) -> Batch:
         return {name: self.parts[name].fetch(sub) for name, sub in item.items()}
 
-    def split(self, item: Any, rank: int, world: int) -> tuple[Any, int, int]:
-        split = {name: self.parts[name].split(sub, rank, world) for name, sub in item.items()}
-        sizes = split.values()
-        return {name: s[0] for name, s in split.items()}, sum(s[1] for s in sizes), sum(s[2] for s in sizes)
+    def split(self, item: Any, rank: int, world: int) -> tuple[Any, float, int]:
+        if len(item) == 1:
+            ((name, sub),) = item.items()
+            part, local, total = self.parts[name].split(sub, rank, world)
+            return {name: part}, local, total
+        # A process weighs all its parts alike, so they must all be split evenly; one that cannot be goes to each whole.
+        sizes = {name: self.parts[name].split(sub, 0, 1)[2] for name, sub in item.items()}
+        even = {name: sub for name, sub in item.items() if sizes[name] % world == 0}
+        split = {name: self.parts[name].split(sub, rank, world)[0] for name, sub in even.items()}
+        total = sum(sizes.values())
+        return {name: split.get(name, sub) for name, sub in item.items()}, total / world, total
 
 
 class InTurn(Together):
@@ -262,26 +267,30 @@ def _named_batches(parts: Mapping[str, Any], batch_size: int, seed: int) -> dict
 
 
 class Streamed(Batches):
-    """Batches of a stream; resuming reads past what was seen, and processes share each batch."""
+    """Batches as a loader gives them; resuming reads past what was seen, and processes share each batch."""
 
-    def __init__(self, loader: Iterable[Batch]) -> None:
-        self.loader = loader
+    def __init__(self, loader: DataLoader[Any], *, seed: int = 0) -> None:
+        self.loader, self.seed = loader, seed
 
     def __len__(self) -> int:
-        raise InputError("The data is a stream without a length, so epochs cannot be counted: give fit steps=...")
+        if isinstance(self.loader.dataset, IterableDataset):
+            raise InputError("The data is a stream without a length, so epochs cannot be counted: give fit steps=...")
+        return len(self.loader)
 
-    def epoch(self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, int, int]]:
-        for number, batch in enumerate(self.loader):
-            if number >= start:
-                rows, local, total = _split_rows(range(size_of(batch)), rank, world)
-                yield (batch if world == 1 else rows_of(batch, rows.start, rows.stop)), local, total
+    def epoch(self, epoch: int, *, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[tuple[Batch, float, int]]:
+        with seeds.isolated(seeds.derive(self.seed, "order", epoch)):  # a loader draws when it starts
+            batches = iter(self.loader)
+            first = list(itertools.islice(batches, start, start + 1))
+        for batch in itertools.chain(first, batches):
+            rows, local, total = _split_rows(range(size_of(batch)), rank, world)
+            yield (batch if world == 1 else rows_of(batch, rows.start, rows.stop)), local, total
 
 
 def as_batches(data: Any, batch_size: int = 64, *, seed: int = 0, shuffle: bool = True) -> Batches:
     """Batches for training, from any kind of data.
 
     A DataLoader keeps its batch size, collate function and workers. Shuffled and sequential loaders are put in order by
-    us (seeded, resumable); a sampler of the user's own keeps its order.
+    us (seeded, resumable); a sampler of the user's own keeps its order. One with `batch_size=None` gives ready batches.
     """
     if isinstance(data, Batches):
         return data
@@ -289,16 +298,20 @@ def as_batches(data: Any, batch_size: int = 64, *, seed: int = 0, shuffle: bool 
         return Ready(data)
     if isinstance(data, DataLoader):
         loader = data
-        if isinstance(loader.dataset, IterableDataset):
-            return Streamed(loader)
-        options: dict[str, Any] = {"seed": seed, "collate": loader.collate_fn, "workers": loader.num_workers}
-        random = type(loader.sampler) is RandomSampler and not loader.sampler.replacement
-        if loader.batch_size and (random or type(loader.sampler) is SequentialSampler):
+        if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+            return Streamed(loader, seed=seed)
+        own = loader.collate_fn is not default_collate
+        options: dict[str, Any] = {"seed": seed, "workers": loader.num_workers}
+        options["collate"] = loader.collate_fn if own else collate
+        sampler: Any = loader.sampler
+        random = type(sampler) is RandomSampler and not sampler.replacement
+        ordered = random or type(sampler) is SequentialSampler
+        if loader.batch_size and ordered and len(sampler) == len(as_dataset(loader)):
             drop_last = loader.drop_last
             return Shuffled(loader.dataset, loader.batch_size, shuffle=random, drop_last=drop_last, **options)
-        return Sampled(loader.dataset, loader.batch_sampler or [[i] for i in loader.sampler], **options)
+        return Sampled(loader.dataset, loader.batch_sampler, **options)
     if isinstance(data, IterableDataset):
-        return Streamed(DataLoader(data, batch_size))
+        return Streamed(DataLoader(data, batch_size), seed=seed)
     return Shuffled(data, batch_size, shuffle=shuffle, seed=seed)
 
 

@@ -72,9 +72,11 @@ def read_card(path: Path) -> Card | None:
     name = path.parent.name if path.name == "__init__.py" else path.stem
     for node in ast.parse(path.read_text(), filename=str(path)).body:
         if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == ["CARD"]:
-            if not isinstance(node.value, ast.Call):
-                raise InputError(f"CARD in {path} is not a call of Card with literal arguments")
-            return Card(name=name, **{str(k.arg): ast.literal_eval(k.value) for k in node.value.keywords})
+            try:
+                fields = {str(k.arg): ast.literal_eval(k.value) for k in node.value.keywords}  # type: ignore[attr-defined]
+            except (AttributeError, ValueError):
+                raise InputError(f"CARD in {path} is not a call of Card with literal arguments") from None
+            return Card(name=name, **fields)
     return None
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from retouch.core import seeds
 from retouch.core.errors import InputError
 
 FORMAT = "retouch.state/1"
@@ -163,7 +164,7 @@ def load_model(folder: str | Path) -> nn.Module:
             return _load_plain(folder)
         if (folder / "config.json").exists():
             return _load_transformers(folder)
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"The model at {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -175,7 +176,11 @@ def _load_plain(folder: Path) -> nn.Module:
     module, _, name = description["class"].partition(":")
     if module.partition(".")[0] != "retouch":
         raise InputError(f"{folder} names the class {description['class']}, but must name one of retouch")
-    model: nn.Module = getattr(importlib.import_module(module), name)(**description["config"])
+    kind = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):  # a folder must not be able to call functions
+        raise InputError(f"{folder} names the class {description['class']}, which is no model")
+    with seeds.isolated():
+        model: nn.Module = kind(**description["config"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
 
@@ -184,8 +189,14 @@ def _load_transformers(folder: Path) -> nn.Module:
     import transformers
 
     architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
-    if len(architectures) != 1 or not hasattr(transformers, architectures[0]):
+    kind = getattr(transformers, architectures[0], None) if len(architectures) == 1 else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise InputError(f"{folder}/config.json names the architectures {architectures}, but must name one it knows")
     if not any(folder.glob("*.safetensors")):
         raise InputError(f"{folder} has no .safetensors weights: save the model again with a recent transformers")
-    return getattr(transformers, architectures[0]).from_pretrained(folder, local_files_only=True).eval()
+    with seeds.isolated():
+        loaded: Any = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise InputError(f"The weights in {folder} lack {', '.join(sorted(info['missing_keys']))}")
+    return model.eval()

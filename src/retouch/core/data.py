@@ -40,10 +40,6 @@ class TensorData(Dataset[Any]):
             return inputs, self.targets[index]
         return inputs if isinstance(inputs, Mapping) else (inputs,)
 
-    def __getitems__(self, indices: Sequence[int]) -> Any:
-        """A whole batch at once, already collated."""
-        return self[torch.as_tensor(indices)]
-
 
 def as_dataset(data: Any) -> Any:
     """Map-style view of data: something with a length that gives sample i.
@@ -57,11 +53,30 @@ def as_dataset(data: Any) -> Any:
         return TensorData(data)
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Tensor):
         return TensorData(*data)
-    if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    samples = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if isinstance(data, IterableDataset | tuple) or not samples:
+        parts = f" of {', '.join(type(part).__name__ for part in data[:4])}" if isinstance(data, tuple) else ""
         raise InputError(
-            f"The data is a {type(data).__name__}, but must be a Dataset, a DataLoader over one, or (inputs, targets)"
+            f"The data is a {type(data).__name__}{parts}, but must be a Dataset, a DataLoader over one, or "
+            "(inputs, targets) as tensors"
         )
     return data
+
+
+def collate(samples: list[Any]) -> Any:
+    """Samples into a batch, as torch does it; a number and a tensor of one element may stand in the same place."""
+    try:
+        return default_collate(samples)
+    except TypeError:
+        return default_collate([_numbers_as_tensors(sample) for sample in samples])
+
+
+def _numbers_as_tensors(sample: Any) -> Any:
+    if isinstance(sample, Mapping):
+        return {key: _numbers_as_tensors(value) for key, value in sample.items()}
+    if isinstance(sample, tuple | list):
+        return [_numbers_as_tensors(value) for value in sample]
+    return torch.as_tensor(sample) if isinstance(sample, int | float) else sample
 
 
 class Indexed(Dataset[Any]):
@@ -85,7 +100,10 @@ def indexed(data: Any) -> Any:
 
 def subset(data: Any, indices: Sequence[int] | Tensor) -> Any:
     """The samples at the given indices, in that order, as data of the same kind."""
-    data, rows = as_dataset(data), torch.as_tensor(indices, dtype=torch.long)
+    data, rows = as_dataset(data), torch.as_tensor(indices)
+    if rows.dtype == torch.bool:
+        raise InputError("indices is a boolean mask, but must be positions: mask.nonzero()[:, 0]")
+    rows = rows.long()
     if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < len(data)):
         raise InputError(f"An index is outside of the data: indices must be 0 to {len(data) - 1}")
     if isinstance(data, TensorData):
@@ -99,7 +117,7 @@ def in_memory(data: Any) -> TensorData:
     data = as_dataset(data)
     if isinstance(data, TensorData):
         return data
-    inputs, targets = unpack(default_collate([data[i] for i in range(len(data))]))
+    inputs, targets = unpack(collate([data[i] for i in range(len(data))]))
     return TensorData(inputs, targets)
 
 

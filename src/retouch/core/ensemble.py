@@ -42,7 +42,10 @@ class Ensemble:
     def __getitem__(self, index: int) -> nn.Module:
         """One model, as a module of its own."""
         model = copy.deepcopy(self.template)
-        model.load_state_dict({name: value[index] for name, value in self.state.items()})
+        own = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # a state_dict may lack some of them
+        with torch.no_grad():
+            for name, value in self.state.items():
+                own[name].copy_(value[index])
         return model.eval()
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -102,6 +105,7 @@ def train_many(
     data = as_dataset(data)
     positive("epochs", epochs)
     positive("batch_size", batch_size)
+    positive("chunk", chunk)
     if not isinstance(data, TensorData) or data.targets is None:
         raise InputError(f"The data is a {type(data).__name__}, but must be (inputs, targets) held as tensors")
     if members.ndim != 2 or members.shape[1] != len(data) or members.dtype != torch.bool:

@@ -42,7 +42,8 @@ def capture(model: nn.Module, layers: Iterable[str], *, side: str = "output") ->
 
         return record
 
-    handles = [layer_of(model, name).register_forward_hook(recorder(name), with_kwargs=True) for name in layers]
+    named = {name: layer_of(model, name) for name in layers}  # before any hook is set: a name may be unknown
+    handles = [layer.register_forward_hook(recorder(name), with_kwargs=True) for name, layer in named.items()]
     try:
         yield seen
     finally:

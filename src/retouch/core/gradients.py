@@ -50,17 +50,15 @@ def batch_gradients(
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), gradients, strict=True)}
 
 
-class _WithParameters:
-    """A model called with other parameters: what a loss function sees in place of the model under torch.func."""
+class _Loss(nn.Module):
+    """A loss as a module, so that torch.func can put other parameters wherever the loss function looks for them."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        self._model, self._parameters = model, dict(parameters)
+    def __init__(self, model: nn.Module, loss_fn: BatchLoss) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._model, self._parameters, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+    def forward(self, batch: Batch) -> Tensor:
+        return self.loss_fn(self.model, batch).sum()
 
 
 def per_sample_gradients(
@@ -75,9 +73,11 @@ def per_sample_gradients(
         params: parameters by name; all that require gradients if None.
     """
     named = {name: p.detach() for name, p in trainable(model, params).items()}
+    module = _Loss(model, loss_fn)
 
     def loss(parameters: Mapping[str, Tensor], sample: Any) -> Tensor:
-        return loss_fn(_WithParameters(model, parameters), tree_map(lambda t: t.unsqueeze(0), sample)).sum()
+        single = tree_map(lambda t: t.unsqueeze(0), sample)
+        return functional_call(module, {f"model.{name}": p for name, p in parameters.items()}, (single,))
 
     batch = to_device(batch, device_of(model))
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no rule for vmap and would run in a loop
@@ -130,7 +130,8 @@ def fisher_diagonal(
                 else:
                     gradients = {n: g[None] for n, g in batch_gradients(model, batch, loss_fn, params).items()}
                 for name, gradient in gradients.items():
-                    total[name] += gradient.to(total[name].dtype).abs_().pow_(power).sum(0)
+                    # not in place: two parameters may have one gradient tensor in common
+                    total[name] += gradient.to(total[name].dtype).abs().pow(power).sum(0)
             count += size if per_sample else 1
     if count == 0:
         raise InputError("batches is empty, but importances need at least one batch")
@@ -158,7 +159,7 @@ def summed_gradient(
                 norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()]))
                 gradients = {name: g * (clip / (norm + 1e-6)).clamp(max=1.0) for name, g in gradients.items()}
             for name, gradient in gradients.items():
-                total[name] = gradient if name not in total else total[name].add_(gradient)
+                total[name] = gradient.clone() if name not in total else total[name].add_(gradient)
     if not total:
         raise InputError("batches is empty, but a gradient needs at least one batch")
     return total

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 OptimizerChoice = Optimizer | Callable[..., Optimizer]
 SchedulerChoice = LRScheduler | Callable[[Optimizer, int], LRScheduler]
+NO_BATCH = "The data gave no batch, but must have at least one sample"
 
 
 class Callback:
@@ -118,6 +119,8 @@ class Run:
         step: optimizer steps finished.
         epoch: epochs finished.
         index: batches of the current epoch that have been trained on.
+        history: of the steps finished.
+        generator: a CPU generator for this step's draws; the same ones when the step is repeated after a resume.
     """
 
     model: nn.Module
@@ -130,20 +133,19 @@ class Run:
     epoch: int = 0
     index: int = 0
     history: History = field(default_factory=History)
+    generator: torch.Generator = field(default_factory=torch.Generator)
     _logged: dict[str, float] = field(default_factory=dict)
     _stopping: bool = False
-    _generator: tuple[int, torch.Generator] | None = None
 
-    @property
-    def generator(self) -> torch.Generator:
-        """A CPU generator for this step's draws; the same ones when the step is repeated after a resume."""
-        if self._generator is None or self._generator[0] != self.step:
-            rank = self.accelerator.process_index
-            self._generator = self.step, seeds.generator(self.seed, "draws", self.step, rank)
-        return self._generator[1]
+    def reseed(self, *keys: object) -> None:
+        """Make all randomness from here on a function of (seed, keys, process), with the global generators too."""
+        rank = self.accelerator.process_index
+        self.generator = seeds.generator(self.seed, "draws", *keys, rank)
+        seeds.reseed(seeds.derive(self.seed, *keys, rank))
 
     def log(self, **values: float) -> None:
         """Add measures to this step's record."""
+        _free_names(values)
         self._logged.update(values)
 
     def stop(self) -> None:
@@ -219,33 +221,52 @@ def fit(
         InputError: if the arguments do not fit together, or the checkpoint is damaged or another run's.
         Diverged: if the loss is not finite, with the step and the terms.
     """
-    from accelerate import Accelerator
+    with _accelerator(accelerator) as accelerator:
+        source = as_batches(data, batch_size, seed=seed)
+        total = _count_steps(source, steps, epochs, accelerator.gradient_accumulation_steps)
+        if clip is not None:
+            positive("clip", clip)
+        if isinstance(checkpoint, str | Path):
+            checkpoint = Checkpoint(checkpoint)
+        if checkpoint and checkpoint.every is not None:
+            positive("checkpoint.every", checkpoint.every)
+        if checkpoint and accelerator.distributed_type == "FSDP":
+            raise InputError(
+                "checkpoint is given, but must be None here: checkpoints of sharded (FSDP) models are not made"
+            )
 
-    accelerator = accelerator or Accelerator()
-    source = as_batches(data, batch_size, seed=seed)
-    total = _count_steps(source, steps, epochs, accelerator.gradient_accumulation_steps)
-    if clip is not None:
-        positive("clip", clip)
-    if isinstance(checkpoint, str | Path):
-        checkpoint = Checkpoint(checkpoint)
-    if checkpoint and checkpoint.every is not None:
-        positive("checkpoint.every", checkpoint.every)
-    if checkpoint and accelerator.distributed_type == "FSDP":
-        raise InputError(
-            "checkpoint is given, but must be None here: checkpoints of sharded (FSDP) models are not made"
-        )
-
-    torch_optimizer = _make_optimizer(model, optimizer)
-    torch_scheduler = scheduler(torch_optimizer, total) if callable(scheduler) else scheduler
-    loop = _Loop(source, as_objective(objective), callbacks, torch_scheduler, clip, checkpoint, progress)
-    with (
-        seeds.isolated(seeds.derive(seed, "start")),
-        mode(model, training=True),
-        _prepared(accelerator, model, torch_optimizer) as (wrapped, stepper),
-    ):
-        run = Run(wrapped, model, torch_optimizer, accelerator, seed, total)
-        loop.train(run, stepper, Path(log) if log else checkpoint.metrics if checkpoint else None)
+        torch_optimizer = _make_optimizer(model, optimizer)
+        torch_scheduler = scheduler(torch_optimizer, total) if callable(scheduler) else scheduler
+        loop = _Loop(source, as_objective(objective), callbacks, torch_scheduler, clip, checkpoint, progress)
+        with (
+            seeds.isolated(seeds.derive(seed, "start")),
+            mode(model, training=True),
+            _prepared(accelerator, model, torch_optimizer) as (wrapped, stepper),
+        ):
+            run = Run(wrapped, model, torch_optimizer, accelerator, seed, total)
+            run.reseed("start")
+            loop.train(run, stepper, Path(log) if log else checkpoint.metrics if checkpoint else None)
     return run.history
+
+
+@contextlib.contextmanager
+def _accelerator(given: "Accelerator | None") -> Iterator["Accelerator"]:
+    """The user's accelerator, or one of our own.
+
+    All accelerators of a process share the number of accumulated steps: the user's comes back afterwards.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import GradientState
+
+    if given is not None:
+        yield given
+        return
+    shared = GradientState()
+    before = shared.plugin_kwargs
+    try:
+        yield Accelerator()
+    finally:
+        shared.plugin_kwargs = before
 
 
 def _count_steps(source: Batches, steps: int | None, epochs: int | None, accumulate: int) -> int:
@@ -255,6 +276,8 @@ def _count_steps(source: Batches, steps: int | None, epochs: int | None, accumul
         positive("steps", steps)
         return steps
     positive("epochs", epochs or 0)
+    if len(source) == 0:
+        raise InputError(NO_BATCH)
     return (epochs or 0) * math.ceil(len(source) / accumulate)
 
 
@@ -321,9 +344,10 @@ class _Loop:
         """The steps of one epoch, from batch `run.index` on."""
         accelerator, first = run.accelerator, run.step
         if run.index == 0:
+            run.reseed("epoch", run.epoch)
             for callback in self.callbacks:
                 callback.on_epoch(run)
-        self.reseed(run)
+        run.reseed("step", run.step)  # before its data is read; holds up to the next step
         batches = self.source.epoch(
             run.epoch, start=run.index, rank=accelerator.process_index, world=accelerator.num_processes
         )
@@ -339,19 +363,14 @@ class _Loop:
                 self.save(run)
             if run.step >= run.steps or run._stopping:
                 return
-            self.reseed(run)
+            run.reseed("step", run.step)
         if run.step == first and run.index == 0:
-            raise InputError("The data gave no batch, but must have at least one sample")
+            raise InputError(NO_BATCH)
         run.epoch, run.index = run.epoch + 1, 0
         if self.checkpoint and self.checkpoint.every is None:
             self.save(run)
 
-    @staticmethod
-    def reseed(run: Run) -> None:
-        """Before a step's data is read: from here to the next step, randomness is a function of (seed, step)."""
-        seeds.reseed(seeds.derive(run.seed, "step", run.step, run.accelerator.process_index))
-
-    def gradients(self, run: Run, group: list[tuple[Batch, int, int]]) -> dict[str, float]:
+    def gradients(self, run: Run, group: list[tuple[Batch, float, int]]) -> dict[str, float]:
         """Gradient of the mean loss over all samples of a step; returns the loss terms."""
         accelerator, terms = run.accelerator, dict[str, float]()
         samples = sum(total for _, _, total in group)
@@ -395,7 +414,7 @@ class _Loop:
     @staticmethod
     def record(run: Run, losses: dict[str, float], lines: TextIO | None) -> None:
         """Add the step to the history, the metrics file and the trackers."""
-        terms = losses if len(losses) > 1 or "loss" in losses else {}
+        terms = {name: loss for name, loss in losses.items() if name != "loss"} if len(losses) > 1 else {}
         rate = run.optimizer.param_groups[0]["lr"]
         position = {"step": run.step, "epoch": run.epoch, "loss": sum(losses.values())}
         record = {**position, **terms, "lr": float(rate), **run._logged}
@@ -464,6 +483,9 @@ class _Loop:
 
 def _read(losses: Mapping[str, Tensor], share: float, accelerator: "Accelerator") -> dict[str, float]:
     """Values of loss terms, weighted with this batch's share of the step and summed over processes."""
+    if not losses:
+        raise InputError("The objective gave no loss term, but must give at least one")
+    _free_names(losses)
     for name, loss in losses.items():
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise InputError(f"The loss term {name} is {_describe(loss)}, but must be a tensor of one element")
@@ -471,6 +493,13 @@ def _read(losses: Mapping[str, Tensor], share: float, accelerator: "Accelerator"
     if accelerator.num_processes > 1:
         values = accelerator.reduce(values, "sum")
     return dict(zip(losses, values.tolist(), strict=True))
+
+
+def _free_names(values: Mapping[str, Any]) -> None:
+    """Raise if a measure would take the place of a record's own fields."""
+    taken = [name for name in values if name in ("step", "epoch", "lr")]
+    if taken:
+        raise InputError(f"A loss term or measure is named {taken[0]}, which is the name of a record's own field")
 
 
 def _describe(value: object) -> str:

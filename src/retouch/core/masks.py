@@ -96,6 +96,12 @@ class MaskedSteps:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value.mul_(keep)
 
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Keep the weights at the values that they have now."""
+        for parameter, _, start in self.parts:
+            start.copy_(parameter)
+
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self.handles:
@@ -140,6 +146,10 @@ class TrainOnly(Callback):
 
     def on_start(self, run: Run) -> None:
         self.masking = MaskedSteps(run.optimizer, run.module, self.mask)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.masking is not None:
+            self.masking.hold()  # those of the checkpoint, which have just been loaded
 
     def on_end(self, run: Run) -> None:
         if self.masking is not None:

@@ -73,7 +73,8 @@ def tree_map(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: tree_map(function, child) for key, child in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(tree_map(function, child) for child in value)
+        children = [tree_map(function, child) for child in value]
+        return type(value)(*children) if hasattr(value, "_fields") else type(value)(children)
     return value
 
 

@@ -24,18 +24,23 @@ class Objective:
     """A named loss that can be added to others and weighted.
 
     Args:
-        function: (model, batch, run) -> scalar, or mapping of names to scalars.
+        function: (model, batch, run) -> scalar, or mapping of names to scalars; another objective's only term is
+            renamed.
         name: what the history calls a single scalar.
     """
 
     def __init__(self, function: Callable[..., Losses], name: str) -> None:
+        functools.update_wrapper(self, function, updated=())
         self.function, self.name = function, name
-        functools.update_wrapper(self, function)
 
     def __call__(self, model: nn.Module, batch: Batch, run: Any = None) -> dict[str, Tensor]:
         """Scalars by name; their sum is what is minimised."""
         losses = self.function(model, batch, run)
-        return dict(losses) if isinstance(losses, Mapping) else {self.name: losses}
+        if not isinstance(losses, Mapping):
+            return {self.name: losses}
+        if isinstance(self.function, Objective) and len(losses) == 1:
+            return {self.name: next(iter(losses.values()))}
+        return dict(losses)
 
     def __add__(self, other: Callable[..., Losses]) -> "Objective":
         first, second = self, as_objective(other)
@@ -48,7 +53,8 @@ class Objective:
 
         return Objective(total, f"{first.name} + {second.name}")
 
-    __radd__ = __add__
+    def __radd__(self, other: Any) -> "Objective":
+        return self if other == 0 else as_objective(other) + self  # sum() begins with 0
 
     def __mul__(self, weight: float) -> "Objective":
         def weighted(model: nn.Module, batch: Batch, run: Any) -> dict[str, Tensor]:
@@ -64,7 +70,7 @@ class Objective:
 
 def objective(function: Callable[..., Losses]) -> Objective:
     """Make a function of (model, batch, run) an objective; its name becomes the loss term's."""
-    return Objective(function, function.__name__)
+    return Objective(function, getattr(function, "__name__", type(function).__name__))
 
 
 def as_objective(function: Callable[..., Losses]) -> Objective:

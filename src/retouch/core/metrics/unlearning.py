@@ -6,6 +6,7 @@ the oracle, a second oracle (the floor) and the method side by side. A destroyed
 no measure here says anything alone.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -134,12 +135,13 @@ def membership_inference_loss(
 ) -> tuple[float, float]:
     """Accuracy of telling members from non-members by their loss, and its distance from 0.5.
 
-    Logistic regression on the per-sample loss, over stratified shuffle splits of equally many of both.
+    Logistic regression on the per-sample loss, fitted on nine tenths and tested on the rest, over stratified shuffle
+    splits of equally many of both.
 
     Args:
         member_loss: per-sample losses (n,).
         nonmember_loss: per-sample losses (m,).
-        splits: halves drawn.
+        splits: how many are drawn.
         seed: of the splits, and of the draw that makes both sides equal in number.
     """
     from sklearn.linear_model import LogisticRegression
@@ -152,7 +154,8 @@ def membership_inference_loss(
         raise InputError(f"The smaller side has {count} samples, but must have at least 2")
     draw = np.random.default_rng(seed)
     x, y = _members_and_others(*(side[np.sort(draw.permutation(len(side))[:count])] for side in sides))
-    folds = StratifiedShuffleSplit(n_splits=splits, random_state=seed % 2**32)
+    tested = max(2, math.ceil(0.1 * len(y)))  # at least one of each kind
+    folds = StratifiedShuffleSplit(n_splits=splits, test_size=tested, random_state=seed % 2**32)
     score = float(cross_val_score(LogisticRegression(), x, y, cv=folds, scoring="accuracy").mean())
     return score, abs(score - 0.5)
 
@@ -236,12 +239,17 @@ def klom(
 
 
 def _histogram(values: Tensor, edges: Tensor, bins: int) -> Tensor:
-    """Share of values (models, points) in each bin (points, bins); what lies on the upper edge is not counted."""
+    """Share of values (models, points) in each bin (points, bins).
+
+    What lies on the upper edge is not counted, unless all of it does: then it is in the last bin.
+    """
     index = torch.searchsorted(edges, values.T.contiguous(), right=True) - 1
     counts = torch.zeros(len(edges), bins + 1, dtype=torch.float64).scatter_add_(
         1, index.clamp(0, bins), torch.ones_like(values.T)
-    )[:, :bins]
-    return counts / counts.sum(1, keepdim=True).clamp_min(1)
+    )
+    counts, beyond = counts[:, :bins], counts[:, bins]
+    counts[:, -1] += torch.where(counts.sum(1) == 0, beyond, 0)
+    return counts / counts.sum(1, keepdim=True)
 
 
 def activation_distance(logits: ArrayLike, oracle_logits: ArrayLike) -> float:
