@@ -221,7 +221,7 @@ def test_what_is_wrong_is_said_in_one_sentence_and_nothing_is_written(retouch, t
     ("arguments", "words"),
     [
         (["lst"], "Did you mean list"),
-        (["train", "cutmix"], "The room train is still empty"),
+        (["guide", "pag"], "The room guide is still empty"),
         (["show", "salum"], "Did you mean salun"),
         (["list", "forgets"], "Did you mean forget"),
         (["bench", "forgets"], "Did you mean forget"),

@@ -387,7 +387,12 @@ def test_in_order_goes_through_data_once_and_again():
     assert len(in_order((X, Y), 4)) == 3
 
 
-def test_in_order_gives_loaders_and_lists_back():
-    loader, ready = DataLoader(TensorDataset(X, Y), 4), [(X, Y)]
-    assert in_order(loader) is loader
+def test_in_order_gives_every_sample_of_a_loader_in_its_sizes(global_rng_untouched):
+    loader = DataLoader(TensorDataset(X, Y), 4, shuffle=True, drop_last=True)
+    for _ in range(2):
+        assert [rows(batch) for batch in in_order(loader)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+
+
+def test_in_order_gives_lists_back():
+    ready = [(X, Y)]
     assert in_order(ready) is ready

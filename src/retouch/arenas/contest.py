@@ -206,8 +206,10 @@ class Arena:
         measures: columns by name, the most important first.
         prepare: (problem name, terms) -> problem.
         measure: (problem, solutions) -> values.
-        order: measure that the leaderboard is ordered by, best first.
+        order: measure that the leaderboards are ordered by, best first.
+        orders: another measure than that, by problem.
         baselines: () -> entries that are no technique.
+        derive: rows by name -> None, adds to a problem's rows what compares them, such as ratios of time.
         plots: drawn on the page.
         pictures: problem -> samples shown on the page.
         answers: (problem, solution) -> what it says of each picture.
@@ -221,11 +223,17 @@ class Arena:
     prepare: Callable[[str, Terms], Problem]
     measure: Callable[[Any, Sequence[Any]], Values]
     order: str
+    orders: Mapping[str, str] = field(default_factory=dict)
+    derive: Callable[[dict[str, Any]], None] = lambda rows: None
     baselines: Callable[[], Sequence[Entry]] = tuple
     plots: tuple[Plot, ...] = ()
     pictures: Callable[[Any], Sequence[Picture]] = lambda problem: ()
     answers: Callable[[Any, Any], Sequence[Answer]] = lambda problem, solution: ()
     words: Callable[[str, Mapping[str, Any]], Sequence[str]] = lambda problem, rows: ()
+
+    def order_of(self, problem: str) -> str:
+        """Measure that a problem's leaderboard is ordered by."""
+        return self.orders.get(problem, self.order)
 
     def entries(self) -> list[Entry]:
         """Baselines, and every file of the folder `entries`."""

@@ -36,7 +36,8 @@ def run(
         arena: what to run.
         out: folder of the evidence; entries that are in it with the same settings are not run again.
         problems: names; all if empty.
-        only: entries to run, besides the originals and oracles that all are compared with; all if empty.
+        only: entries to run, besides what they are compared with: originals, oracles, the other side of their claims;
+            all if empty.
         terms: seeds and the like.
         progress: show a progress bar; None shows it on a terminal.
 
@@ -50,7 +51,7 @@ def run(
     names = list(problems) or list(arena.problems)
     with bar(f"arena {arena.name}", len(names) * len(entries) * terms.replicas, show=progress) as line:
         for name in names:
-            new = {"description": arena.problems[name], "rows": {}}
+            new = {"description": arena.problems[name], "order": arena.order_of(name), "rows": {}}
             record = evidence["problems"].setdefault(name, new)
             todo = [e for e in entries if (not e.problems or name in e.problems) and e.name not in record["rows"]]
             line.advance((len(entries) - len(todo)) * terms.replicas)
@@ -92,14 +93,16 @@ def search(
                 line.advance(replicas, note=str(point))
             values = arena.measure(trial, solutions)
             found.append((point, {measure: mean(per_replica) for measure, per_replica in values.items()}))
-    sign = -1.0 if arena.measures[arena.order].better == "high" else 1.0
-    return sorted(found, key=lambda pair: sign * pair[1][arena.order])
+    order = arena.order_of(problem)
+    sign = -1.0 if arena.measures[order].better == "high" else 1.0
+    return sorted(found, key=lambda pair: sign * pair[1][order])
 
 
 def _chosen(arena: Arena, only: Sequence[str]) -> list[Entry]:
     entries = arena.entries()
     _known("entry", only, [entry.name for entry in entries])
-    return [e for e in entries if not only or e.name in only or e.kind in ("original", "oracle")]
+    wanted = set(only) | {claim.other for entry in entries if entry.name in only for claim in entry.claims}
+    return [e for e in entries if not only or e.name in wanted or e.kind in ("original", "oracle")]
 
 
 def _known(kind: str, names: Sequence[str], known: list[str]) -> None:
@@ -150,6 +153,7 @@ def _judge(arena: Arena, entries: Sequence[Entry], problem: str, record: dict[st
         whole = mean(oracle["values"]["seconds"])
         for row in rows.values():
             row["values"]["speedup"] = [whole / max(s, 1e-9) for s in row["values"]["seconds"]]
+    arena.derive(rows)
     record["claims"] = []
     for entry in entries:
         for claim in entry.claims:

@@ -72,7 +72,7 @@ def _search(arena: "Arena", name: str, problems: Sequence[str], replicas: int) -
     if name not in [entry.name for entry in arena.entries()]:
         return
     for problem in problems:
-        print(f"{arena.name}/{problem}: {name}, by {arena.order}")  # noqa: T201
+        print(f"{arena.name}/{problem}: {name}, by {arena.order_of(problem)}")  # noqa: T201
         for settings, values in search(arena, name, problem, replicas=replicas):
             shown = ", ".join(f"{measure} {value:.2f}" for measure, value in values.items())
             print(f"  {settings}: {shown}")  # noqa: T201

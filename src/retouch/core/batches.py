@@ -316,10 +316,16 @@ def as_batches(data: Any, batch_size: int = 64, *, seed: int = 0, shuffle: bool 
 
 
 def in_order(data: Any, batch_size: int = 256) -> Iterable[Batch]:
-    """Every sample once, in the data's own order; what is a loader or a list of batches already is given back."""
-    if isinstance(data, DataLoader | list):
+    """Every sample once, in the data's own order: a loader's sizes are kept and its shuffling is not.
+
+    A list of batches is given back, and a sampler of the user's own keeps its order.
+    """
+    if isinstance(data, list):
         return data
-    return _InOrder(as_batches(data, batch_size, shuffle=False))
+    source = as_batches(data, batch_size, shuffle=False)
+    if isinstance(source, Shuffled):
+        source.shuffle = source.drop_last = False
+    return _InOrder(source)
 
 
 class _InOrder:

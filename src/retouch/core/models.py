@@ -52,6 +52,29 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def images_of(batch: Batch) -> Tensor:
+    """The images (n, ..., height, width) among a batch's inputs: the first tensor of at least three dimensions."""
+    inputs, _ = unpack(batch)
+    for value in inputs.values() if isinstance(inputs, Mapping) else (inputs,):
+        if isinstance(value, Tensor) and value.ndim >= 3:
+            return value
+    raise InputError("The batch has no images, but its inputs must hold a tensor (n, ..., height, width)")
+
+
+def replaced(batch: Batch, *, images: Tensor | None = None, targets: Any = None) -> Batch:
+    """The batch in its own form with other images or other targets; the batch given is not changed."""
+    inputs, own = unpack(batch)
+    if images is not None:
+        old = images_of(batch)
+        is_map = isinstance(inputs, Mapping)
+        inputs = {key: images if value is old else value for key, value in inputs.items()} if is_map else images
+    targets = own if targets is None else targets
+    if isinstance(batch, Mapping):
+        names = [name for name in TARGET_NAMES if name in batch]
+        return {**inputs, **dict.fromkeys(names[:1], targets)}
+    return inputs if isinstance(batch, Tensor) else (inputs,) if own is None else (inputs, targets)
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """The first tensor in a nested batch, or None."""
     if isinstance(value, Tensor):

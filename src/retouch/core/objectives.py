@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -79,11 +80,17 @@ def as_objective(function: Callable[..., Losses]) -> Objective:
 
 
 def cross_entropy_batch(model: Callable[..., Any], batch: Batch) -> Tensor:
-    """Mean cross entropy of a batch: logits (n, k) against class ids (n,) or distributions (n, k)."""
+    """Mean cross entropy of a batch: logits (n, k) against class ids (n,) or distributions (n, k).
+
+    A model may give several answers a sample, (answers, n, k): the mean is over all of them.
+    """
     inputs, targets = unpack(batch)
     if targets is None:
         raise InputError("The batch has no targets, but cross entropy needs them: samples must be (input, target)")
-    return F.cross_entropy(logits_of(forward(model, inputs)), targets)
+    logits = logits_of(forward(model, inputs))
+    if logits.ndim == 3 and (targets.ndim == 1 or targets.is_floating_point()) and logits.shape[1] == len(targets):
+        logits, targets = logits.flatten(0, 1), torch.cat([targets] * len(logits))
+    return F.cross_entropy(logits, targets)
 
 
 def next_token_batch(model: Callable[..., Any], batch: Batch) -> Tensor:

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from retouch.core import seeds
-from retouch.core.batches import Shuffled
+from retouch.core.batches import Shuffled, in_order
 from retouch.core.cards import Card
 from retouch.core.data import as_dataset, concat, in_memory, indexed, subset
 from retouch.core.ensemble import train_many
 from retouch.core.errors import InputError, in_range, one_of, positive
 from retouch.core.loop import Run, fit
 from retouch.core.metrics.unlearning import classification_margins, klom
-from retouch.core.models import Batch, device_of, forward, logits_of, own
+from retouch.core.models import Batch, count_classes, device_of, forward, logits_of, own
 from retouch.core.teachers import Teacher
 
 __all__ = [
@@ -130,10 +130,12 @@ def _leave_one_out(u: Tensor, s: Tensor, b: Tensor, projected: Tensor, strength:
 def _lasso(a: Tensor, b: Tensor, strength: float | None) -> Tensor:
     from sklearn.linear_model import Lasso, LassoCV
 
+    # Nothing here is random, but without a seed of ours scikit-learn draws one from numpy's global generator.
     x, y = a.numpy(), b.numpy()
     if strength is None:
-        strength = float(LassoCV(cv=5).fit(x, y.mean(1)).alpha_)
-    return torch.from_numpy(Lasso(alpha=strength, fit_intercept=False).fit(x, y).coef_).view(b.shape[1], -1).T
+        strength = float(LassoCV(cv=5, random_state=0).fit(x, y.mean(1)).alpha_)
+    lasso = Lasso(alpha=strength, fit_intercept=False, random_state=0)
+    return torch.from_numpy(lasso.fit(x, y).coef_).view(b.shape[1], -1).T
 
 
 # --- matching -------------------------------------------------------------------------------------------------------
@@ -141,10 +143,12 @@ def _lasso(a: Tensor, b: Tensor, strength: float | None) -> Tensor:
 
 def _check_forget(forget_indices: Sequence[int] | Tensor, num_train: int) -> Tensor:
     rows = torch.as_tensor(forget_indices, dtype=torch.long)
-    if len(rows.unique()) != len(rows):
-        raise InputError("forget_indices holds an index twice, but every one must be different")
-    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < num_train):
-        raise InputError(f"forget_indices reaches {int(rows.max())}, but must be between 0 and {num_train - 1}")
+    outside = rows[(rows < 0) | (rows >= num_train)]
+    if len(outside):
+        raise InputError(f"forget_indices holds {int(outside[0])}, but must be between 0 and {num_train - 1}")
+    values, counts = rows.unique(return_counts=True)
+    if len(values) < len(rows):
+        raise InputError(f"forget_indices holds {int(values[counts > 1][0])} twice, but every one must be different")
     return rows
 
 
@@ -160,6 +164,11 @@ def simulated_oracle_logits(
         index: evaluation points of the rows of `logits`, (n,).
         multiplier: of the effect; 1 in the paper.
     """
+    if datamodel.ndim != 3 or datamodel.shape[2] != logits.shape[-1]:
+        raise InputError(
+            f"datamodel has shape {tuple(datamodel.shape)}, but must be (training points, evaluation points, "
+            f"{logits.shape[-1]} classes of the logits)"
+        )
     rows = _check_forget(forget_indices, len(datamodel))
     where = torch.as_tensor(index, dtype=torch.long)
     return logits - multiplier * datamodel[rows].sum(0)[where].to(logits)
@@ -286,11 +295,12 @@ def datamodel_matching(
         inplace: train the given model instead of a copy.
     """
     one_of("loss", loss, ("mse", "ce"))
-    count = len(as_dataset(dataset))
-    if datamodel.ndim != 3 or len(datamodel) != count or datamodel.shape[1] < count:
+    data = indexed(dataset)
+    count, classes = len(data), count_classes(model, in_order(data, 1))
+    if datamodel.ndim != 3 or len(datamodel) != count or datamodel.shape[1] < count or datamodel.shape[2] != classes:
         raise InputError(
             f"datamodel has shape {tuple(datamodel.shape)}, but must be ({count} training points, at least {count} "
-            "evaluation points, classes)"
+            f"evaluation points, {classes} classes)"
         )
     rows = _check_forget(forget_indices, count)
     effect = (multiplier * datamodel[rows].sum(0)).to(device_of(model))
@@ -421,6 +431,8 @@ def dmm(
     """
     data = in_memory(concat(forget, retain))
     count, total = len(as_dataset(forget)), len(data)
+    if count == 0:
+        return own(model, inplace=inplace)  # before any subset model is trained for nothing
     if datamodel is None:
         masks = half_subsets(models, total, seed=seed)
         ensemble = train_many(

@@ -19,7 +19,7 @@ a large class); only the forget term is divided by tau (code); the two KL terms 
 released decoder ends in a sigmoid, which cannot reconstruct unbounded representations: here it is an option and off.
 
 Cost: two autoencoders on cached representations, then four forward passes and two steps a pair of batches; two of the
-forward passes are saved with `cache=True`.
+forward passes are saved with `cache_original=True`.
 """
 
 import itertools
@@ -31,16 +31,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retouch.core import seeds
-from retouch.core.batches import Together, as_batches, in_order
+from retouch.core.batches import Planned, Ready, Shuffled, Together, as_batches, in_order
 from retouch.core.cards import Card
-from retouch.core.data import TensorData, concat, indexed
+from retouch.core.data import TensorData, concat
 from retouch.core.errors import Diverged, InputError, one_of, positive
 from retouch.core.features import features_of
 from retouch.core.loop import Run, fit
 from retouch.core.models import Batch, device_of, head_of, mode, own, to_device, training_only, unpack
 from retouch.core.objectives import cross_entropy
 from retouch.core.progress import track
-from retouch.core.teachers import Teacher, cache
+from retouch.core.teachers import Teacher
 
 CARD = Card(
     title="Label-Agnostic Forgetting",
@@ -157,7 +157,7 @@ def laf_alignment_loss(
 def _fit_vae(embeddings: Tensor, latent: int, epochs: int, seed: int) -> nn.Module:
     """A frozen autoencoder of these representations (stage 1)."""
     with seeds.isolated(seeds.derive(seed, "weights")):
-        vae = RepresentationVAE(embeddings.shape[1], latent).to(embeddings.device)
+        vae = RepresentationVAE(embeddings.shape[1], latent).to(embeddings)
 
     def loss(model: nn.Module, batch: Batch, run: Run) -> Tensor:
         x = unpack(batch)[0]
@@ -216,7 +216,8 @@ def label_agnostic_forgetting(
         batch_size: samples of each kind in a pair, where the data does not say itself.
         cycle: begin the shorter data anew until the longer one ends; otherwise an epoch ends with the shorter one, as
             in the released code.
-        cache_original: ask the original model once for each sample; for data without random augmentation.
+        cache_original: ask the original model about each sample beforehand and not at every step; for data without
+            random augmentation.
         repair_loader: labelled remaining samples for a last supervised repair of the head; none if None.
         repair_epochs: passes of that repair.
         repair_lr: its learning rate (Adam).
@@ -225,22 +226,25 @@ def label_agnostic_forgetting(
     """
     positive("temperature", temperature)
     positive("epochs", epochs)
+    pairs = Together({"forget": forget_loader, "retain": retain_loader}, batch_size, cycle=cycle, seed=seed)
     edited, original = own(model, inplace=inplace), Teacher(model)
     device = device_of(edited)
 
     def embed(model: nn.Module, batch: Batch) -> Tensor:
         return split(model, unpack(to_device(batch, device))[0])
 
-    reference = cache(original.model, in_order(all_loader), embed)
-    forgotten = cache(original.model, in_order(forget_loader), embed)
-    h = _fit_vae(reference, latent, vae_epochs, seeds.derive(seed, "all"))
-    h_f = _fit_vae(forgotten, latent, vae_epochs, seeds.derive(seed, "forget"))
+    @torch.no_grad()
+    def original_embed(batch: Batch) -> Tensor:
+        return embed(original.model, batch)
 
-    parts, tables = {"forget": forget_loader, "retain": retain_loader}, {}
-    if cache_original:
-        tables = {"forget": forgotten, "retain": cache(original.model, in_order(retain_loader), embed)}
-        parts = {name: indexed(data) for name, data in parts.items()}
-    pairs = Together(parts, batch_size, cycle=cycle, seed=seed)
+    def autoencoder(name: str, data: Any) -> nn.Module:
+        embeddings = [original_embed(batch) for batch in in_order(data)]
+        if not embeddings:
+            raise InputError(f"The {name} data is empty, but must have at least one sample")
+        return _fit_vae(torch.cat(embeddings), latent, vae_epochs, seeds.derive(seed, name))
+
+    h, h_f = autoencoder("all", all_loader), autoencoder("forget", forget_loader)
+    known = {name: _answers(part, original_embed) for name, part in pairs.parts.items()} if cache_original else {}
     unlearn = torch.optim.Adam(edited.parameters(), lr=lr_ue)
     align = torch.optim.Adam(edited.parameters(), lr=lr_ra)
 
@@ -253,12 +257,13 @@ def label_agnostic_forgetting(
 
     with seeds.isolated(seeds.derive(seed, "noise")), mode(edited, training=True):
         for epoch in track(range(epochs), "forgetting"):
-            for pair, _, _ in pairs.epoch(epoch):
+            for items in pairs.plan(epoch):
+                pair = pairs.fetch(items)
                 e_f, e_r = embed(edited, pair["forget"]), embed(edited, pair["retain"])
                 step(unlearn, laf_extractor_loss(h(e_r)[0], e_r, h_f(e_f)[0], e_f))
 
                 originals = {
-                    name: tables[name][unpack(batch)[1]] if tables else embed(original.model, batch).detach()
+                    name: known[name](items[name]) if cache_original else original_embed(batch)
                     for name, batch in pair.items()
                 }
                 e_f, e_r = embed(edited, pair["forget"]), embed(edited, pair["retain"])
@@ -268,6 +273,20 @@ def label_agnostic_forgetting(
     if repair_loader is not None:
         _repair(edited, repair_loader, repair_epochs, repair_lr, seed)
     return edited
+
+
+def _answers(part: Planned, ask: Callable[[Batch], Tensor]) -> Callable[[Any], Tensor]:
+    """Ask about every sample of the data, once; the result says the answers for one item of the part's plan."""
+    if isinstance(part, Ready):
+        answers = [ask(batch) for batch in part.batches]
+        return lambda item: answers[item[0]]
+    if not isinstance(part, Shuffled):
+        raise InputError(
+            f"cache_original is True, but must be False for {type(part).__name__}: it takes data sets, loaders over "
+            "them and lists of batches"
+        )
+    table = torch.cat([ask(part.fetch(rows)) for rows in torch.arange(len(part.data)).split(256)])
+    return lambda rows: table[torch.as_tensor(rows)]
 
 
 def _repair(model: nn.Module, labelled: Any, epochs: int, lr: float, seed: int) -> None:

@@ -440,7 +440,10 @@ class S3TEnsemble:
         return state
 
     def delete(self, shard: int, slice: int) -> DeletionReport:
-        """Delete a slice: cut every order of its shard before it, and drop the weights that saw it. No training."""
+        """Delete a slice: cut every order of its shard before it, and drop the weights that saw it. No training.
+
+        A model that `member` gave before is without adapters afterwards.
+        """
         if not 0 <= shard < len(self.sequences):
             raise InputError(f"shard is {shard}, but must be between 0 and {len(self.sequences) - 1}")
         in_range("slice", slice, 0, self.slices - 1)
@@ -449,6 +452,9 @@ class S3TEnsemble:
         self.sequences[shard] = after
         for key in [key for key in self.checkpoints if key[0] == shard and slice in key[1]]:
             del self.checkpoints[key]  # weights that have seen the slice must not be kept
+        for group in range(1, self.slices + 1):
+            self.adapters.fresh(group, self.seed)  # nor in the model that all prefixes share
+        self.adapters.truncate(0).load(self.first_head)
         cut = sum(slice in order for order in before)
         return DeletionReport(shard, slice, cut, len(before) - len(after), self.alive())
 

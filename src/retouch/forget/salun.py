@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from retouch.core import seeds
 from retouch.core.batches import InTurn, Together, in_order
 from retouch.core.cards import Card
-from retouch.core.errors import InputError, in_range, positive
+from retouch.core.errors import in_range, positive
 from retouch.core.gradients import BatchLoss, summed_gradient
 from retouch.core.loop import Callback, Run, fit
 from retouch.core.masks import MaskedOptimizer, TrainOnly, top_share
@@ -101,8 +101,7 @@ def random_labels(
         exclude_true: never draw the true label; with two classes this is the flip.
         generator: a CPU generator.
     """
-    if num_classes < 2:
-        raise InputError(f"num_classes is {num_classes}, but must be at least 2")
+    in_range("num_classes", num_classes, 2)
     generator = seeds.fresh(generator)
     if not exclude_true:
         return torch.randint(num_classes, targets.shape, generator=generator).to(targets)
@@ -123,6 +122,13 @@ class SoftThreshold(Callback):
 
     def on_start(self, run: Run) -> None:
         self.start = {n: p.detach().clone() for n, p in run.module.named_parameters() if p.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.start)  # a resumed run may begin with other weights
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, start in self.start.items():
+            start.copy_(state[name])
 
     @torch.no_grad()
     def on_step(self, run: Run) -> None:
@@ -174,7 +180,9 @@ def salun(
     """
     in_range("ratio", ratio, 0, 1)
     positive("lr", lr)
-    classes = num_classes or count_classes(model, in_order(forget))
+    passes = InTurn({"forget": forget, "retain": retain}, batch_size, seed=seed)
+    classes = count_classes(model, in_order(forget)) if num_classes is None else num_classes
+    in_range("num_classes", classes, 2)
     edited = own(model, inplace=inplace)
     restraint: Callback
     if soft:
@@ -193,7 +201,6 @@ def salun(
     def sgd(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
-    passes = InTurn({"forget": forget, "retain": retain}, batch_size, seed=seed)
     fit(edited, passes, relabel, epochs=epochs, optimizer=sgd, callbacks=[restraint], seed=seed)
     return edited
 
@@ -291,6 +298,7 @@ def salun_diffusion(
     """
     positive("lr", lr)
     in_range("alpha", alpha, 0)
+    both = Together({"forget": forget_batches, "retain": retain_batches}, batch_size, seed=seed)
     edited = own(model, inplace=inplace)
 
     def guided_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -316,7 +324,6 @@ def salun_diffusion(
         noisy, t, noise = _noisy(clean, schedule, run.generator)
         return {"shift": shift, "keep": alpha * _noise_loss(predict(model, noisy, t, condition), noise)}
 
-    both = Together({"forget": forget_batches, "retain": retain_batches}, batch_size, seed=seed)
     fit(
         edited,
         both,

@@ -119,10 +119,10 @@ def ssd_dampen(
     """
     in_range("lam", lam, 0)
     selected = ssd_select(forget_imp, full_imp, alpha=alpha)
+    _check_names(model, forget_imp)
     model = own(model, inplace=inplace)
-    parameters = dict(model.named_parameters())
     for name, mask in selected.items():
-        weight = _parameter(parameters, name, mask)
+        weight = model.get_parameter(name)
         weight.copy_(torch.where(mask, weight * _factor(forget_imp[name], full_imp[name], lam, exponent), weight))
     return model
 
@@ -132,14 +132,13 @@ def _factor(forget_imp: Tensor, full_imp: Tensor, lam: float, exponent: float) -
     return (lam * full_imp / forget_imp).pow(exponent).clamp(max=1.0)
 
 
-def _parameter(parameters: Mapping[str, Tensor], name: str, mask: Tensor) -> Tensor:
-    if name not in parameters:
-        raise InputError(f"The importances name {name}, but the model has no such parameter")
-    if parameters[name].shape != mask.shape:
-        raise InputError(
-            f"The importance of {name} has shape {tuple(mask.shape)}, but must have {tuple(parameters[name].shape)}"
-        )
-    return parameters[name]
+def _check_names(model: nn.Module, importance: Importance) -> None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, imp in importance.items():
+        if name not in shapes:
+            raise InputError(f"The importances name {name}, but the model has no such parameter")
+        if tuple(imp.shape) != shapes[name]:
+            raise InputError(f"The importance of {name} has shape {tuple(imp.shape)}, but must have {shapes[name]}")
 
 
 def _check_pair(forget_imp: Importance, full_imp: Importance) -> None:
@@ -199,6 +198,7 @@ class SelectiveSynapticDampening:
         if self.full_imp is None:
             raise InputError("fit(model, full_batches) must come before the first request")
         forget_imp = ssd_importance(model, forget_batches, **self.importance)
+        edited = ssd_dampen(model, forget_imp, self.full_imp, alpha=self.alpha, lam=self.lam, inplace=inplace)
         masks = ssd_select(forget_imp, self.full_imp, alpha=self.alpha)
         factors = [_factor(forget_imp[n], self.full_imp[n], self.lam, 1.0)[mask] for n, mask in masks.items()]
         selected = torch.cat(factors)
@@ -207,7 +207,7 @@ class SelectiveSynapticDampening:
             share={name: float(mask.float().mean()) for name, mask in masks.items()},
             mean_factor=float(selected.mean()) if len(selected) else 1.0,
         )
-        return ssd_dampen(model, forget_imp, self.full_imp, alpha=self.alpha, lam=self.lam, inplace=inplace)
+        return edited
 
 
 def ssd(

@@ -61,7 +61,8 @@ def leaderboard(evidence: Evidence, problem: str) -> Leaderboard:
         for name, measure in evidence["measures"].items()
         if any(name in row["values"] and _finite(row["values"][name]) for row in rows.values())
     ]
-    order, sign = evidence["order"], -1 if evidence["measures"][evidence["order"]]["better"] == "high" else 1
+    order = record.get("order", evidence.get("order"))
+    sign = -1 if evidence["measures"][order]["better"] == "high" else 1
     ranks = {"oracle": 0, "original": 1}
 
     def rank(item: tuple[str, dict[str, Any]]) -> tuple[float, ...]:

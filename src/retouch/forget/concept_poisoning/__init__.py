@@ -34,10 +34,10 @@ from retouch.core import seeds
 from retouch.core.batches import in_order
 from retouch.core.cards import Card
 from retouch.core.data import TensorData, concat, in_memory, labels_of, subset
-from retouch.core.errors import InputError, one_of, positive
+from retouch.core.errors import InputError, in_range, one_of, positive
 from retouch.core.features import features_of
 from retouch.core.loop import fit
-from retouch.core.models import device_of, head_of, own, training_only, unpack
+from retouch.core.models import count_classes, device_of, head_of, own, training_only, unpack
 from retouch.core.models import mode as run_mode
 from retouch.forget.concept_poisoning.concepts import (
     class_concepts,
@@ -137,6 +137,7 @@ def concept_poisoning(
         raise InputError(f"target_class is {target_class}, but no sample of the data has this class")
     if len(poisoned) != len(members):
         raise InputError(f"poisoned holds {len(poisoned)} images, but the class has {len(members)}")
+    in_range("donor_class", donor_class, 0, count_classes(model, [poisoned]) - 1)
     given = {
         "targeted": torch.full((len(members),), donor_class),
         "random": torch.randint(int(classes.max()) + 1, (len(members),), generator=seeds.generator(seed, "labels")),
@@ -193,7 +194,7 @@ def forget_class(
         train: head or all.
         patch: side of the patch; 64 of 224 pixels, in proportion, if None.
         stride: step of the search for a concept; 16 of 224 pixels, in proportion, if None.
-        concepts_per_class: samples on each side that a concept vector is learned from.
+        concepts_per_class: samples on each side that a concept vector is learned from, at least 2.
         lr: learning rate of SGD.
         momentum: of SGD.
         batch_size: samples a batch.
@@ -201,6 +202,7 @@ def forget_class(
         seed: of concept samples, donors, places, labels and orders.
         inplace: train the given model instead of a copy.
     """
+    in_range("concepts_per_class", concepts_per_class, 2)
     target = labels_of(forget).unique()
     if len(target) != 1:
         raise InputError(f"The forget set holds {len(target)} classes, but concept poisoning forgets one class")

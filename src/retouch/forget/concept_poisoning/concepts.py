@@ -31,7 +31,8 @@ def concept_activation_vector(pos: Any, neg: Any, *, C: float = 0.1) -> tuple[np
             f"pos and neg have shapes {sides[0].shape} and {sides[1].shape}, but must be (n, d) and (m, d), not empty"
         )
     labels = np.r_[np.ones(len(sides[0])), np.zeros(len(sides[1]))]
-    machine = SVC(C=C, kernel="linear").fit(np.concatenate(sides), labels)
+    # random_state has no effect here, but without it scikit-learn draws a seed from numpy's global generator
+    machine = SVC(C=C, kernel="linear", random_state=0).fit(np.concatenate(sides), labels)
     return machine.coef_[0].copy(), float(machine.intercept_[0])
 
 
@@ -106,15 +107,21 @@ def class_concepts(embeddings: Tensor, classes: Tensor, *, count: int = 100, see
 
     Args:
         embeddings: (n, d).
-        classes: ids (n,), every class below the largest at least twice.
-        count: samples on each side, as far as there are.
+        classes: ids (n,), every class up to the largest at least twice.
+        count: samples on each side, at least 2, as far as there are.
         seed: of the draw.
 
     Returns:
         Vectors (classes, d) and intercepts (classes, 1).
     """
+    in_range("count", count, 2)
+    held = classes.bincount()
+    if len(held) < 2:
+        raise InputError("classes holds no class but 0, but a concept needs samples of others beside it")
+    if held.min() < 2:
+        raise InputError(f"Class {int(held.argmin())} has {int(held.min())} samples, but a concept needs at least 2")
     vectors, intercepts = [], []
-    for index in range(int(classes.max()) + 1):
+    for index in range(len(held)):
         sides = []
         for mask in (classes == index, classes != index):
             rows = mask.nonzero().squeeze(1)
@@ -122,8 +129,6 @@ def class_concepts(embeddings: Tensor, classes: Tensor, *, count: int = 100, see
             sides.append(embeddings[rows[draw[:count]]].numpy())
         size = min(map(len, sides))
         held_out = max(1, size // 5)
-        if size < 2:
-            raise InputError(f"Class {index} has {size} samples, but a concept needs at least 2 on each side")
         pos, neg = (side[:size] for side in sides)
 
         def score(C: float, pos: np.ndarray = pos, neg: np.ndarray = neg, held_out: int = held_out) -> float:

@@ -12,7 +12,7 @@ from retouch.core import seeds
 from retouch.core.data import TensorData
 from retouch.core.errors import InputError, in_range, one_of, positive
 from retouch.core.loop import fit
-from retouch.core.models import device_of, mode, own
+from retouch.core.models import device_of, mode, own, training_only
 from retouch.core.objectives import next_token
 
 Pairs = Sequence[tuple[str, str]]  # questions and answers
@@ -56,8 +56,10 @@ def answer_attributions(
     positions = torch.as_tensor(answer_positions, dtype=torch.long, device=ids.device)
     if len(positions) == 0:
         raise InputError("answer_positions is empty, but must name at least one token")
-    if int(positions.min()) < 1 or int(positions.max()) >= len(ids):
-        raise InputError(f"answer_positions must be between 1 and {len(ids) - 1}, the last token")
+    outside = positions[(positions < 1) | (positions >= len(ids))]
+    if len(outside):
+        last = len(ids) - 1
+        raise InputError(f"answer_positions holds {int(outside[0])}, but must be between 1 and {last}, the last token")
     table = lm.get_input_embeddings().weight  # type: ignore[operator]
     end = table[ids].detach()
     start = end.clone()
@@ -130,26 +132,35 @@ def mask_words(
 ) -> tuple[str, list[str]]:
     """Replace the k highest ranked words that are in an answer, whatever their case and the punctuation around them.
 
+    A word is present where no letter or digit goes on from it, so "Ada" is in "Ada's" and not in "Adam".
+
     Args:
         answer: text.
         ranked: words, best first.
         k: how many of those present are masked.
         token: what takes a word's place.
-        always: words masked besides, such as the subject's name.
+        always: words and names of several words masked besides, such as the subject's name.
 
     Returns:
-        The masked answer, and the words masked, by rank.
+        The masked answer, and the words masked, by rank, in lower case.
     """
     in_range("k", k, 0)
-    present = {word.lower().strip(string.punctuation) for word in answer.split()}
-    masked = [word for word in ranked if word.lower() in present][:k]
-    masked += [word for word in (w.lower() for w in always) if word in present and word not in masked]
+    lower = answer.lower()
 
-    def cover(piece: str) -> str:
-        bare = piece.strip(string.punctuation)
-        return piece.replace(bare, token) if bare.lower() in masked and bare else piece
+    def present(words: Iterable[str]) -> list[str]:
+        unique = dict.fromkeys(word.lower() for word in words if word.strip())
+        return [word for word in unique if word.split()[0] in lower and _pattern([word]).search(answer)]
 
-    return "".join(cover(piece) for piece in re.findall(r"\s+|\S+", answer)), masked
+    masked = present(ranked)[:k]
+    masked += [name for name in present(always) if name not in masked]
+    return _pattern(masked).sub(lambda _: token, answer) if masked else answer, masked
+
+
+def _pattern(words: Iterable[str]) -> re.Pattern[str]:
+    """Any of the words as a whole, the longer ones first: "Ada Lovelace" is one name and not "Ada" and the rest."""
+    longest_first = sorted(words, key=len, reverse=True)
+    either = "|".join(r"\s+".join(map(re.escape, word.split())) for word in longest_first)
+    return re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE)
 
 
 def _answer_tokens(tokenizer: Any, question: str, answer: str) -> tuple[Tensor, list[int], list[tuple[int, int]]]:
@@ -203,7 +214,7 @@ def forget_topic(
         tokenizer: its fast tokenizer.
         forget: questions on the topic, and the model's own answers.
         retain: questions on other topics with their true answers, whole blocks of them.
-        names: words always masked, such as the subject's name.
+        names: words or names of several words always masked, such as the subject's name.
         target: "mask" poisons an answer by masking its most sensitive words, "idk" by the refusal.
         refusal: the answer for "idk".
         k: words masked in an answer.
@@ -225,23 +236,26 @@ def forget_topic(
     if target == "mask":
         ranked, always = sensitive_words(lm, tokenizer, forget), tuple(names)
         poisoned = [(q, mask_words(answer, ranked, k=k, always=always)[0]) for q, answer in forget]
+    data = _answer_batches(tokenizer, [*poisoned, *retain])
     config = peft.LoraConfig(r=rank, lora_alpha=lora_alpha, task_type="CAUSAL_LM")
-    with seeds.isolated(seeds.derive(seed, "adapter")):
-        adapted = peft.get_peft_model(own(lm, inplace=inplace), config)
-    try:
-        fit(
-            adapted,
-            _answer_batches(tokenizer, [*poisoned, *retain]),
-            next_token,
-            epochs=epochs,
-            batch_size=batch_size,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
-            seed=seed,
-        )
-    except BaseException:
-        adapted.unload()
-        raise
-    return adapted.merge_and_unload()
+    edited = own(lm, inplace=inplace)
+    with training_only(edited, ()):  # peft adds its weights to those that train, and would leave the others frozen
+        with seeds.isolated(seeds.derive(seed, "adapter")):
+            adapted = peft.get_peft_model(edited, config)
+        try:
+            fit(
+                adapted,
+                data,
+                next_token,
+                epochs=epochs,
+                batch_size=batch_size,
+                optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
+                seed=seed,
+            )
+        except BaseException:
+            adapted.unload()
+            raise
+        return adapted.merge_and_unload()
 
 
 def _answer_batches(tokenizer: Any, pairs: Pairs) -> TensorData:

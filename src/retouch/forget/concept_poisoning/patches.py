@@ -123,9 +123,10 @@ def poison_class(
         return images.clone()
     height, width = images.shape[-2:]
     side = min(height, width)
-    patch = patch or max(1, round(side * 64 / 224))
-    stride = stride or max(1, round(side * 16 / 224))
+    patch = max(1, round(side * 64 / 224)) if patch is None else patch
+    stride = max(1, round(side * 16 / 224)) if stride is None else stride
     _check_side(patch, height, width)
+    positive("stride", stride)
     generator = seeds.fresh(generator)
     donors = donor_images[torch.randint(len(donor_images), (len(images),), generator=generator)]
     middle = torch.tensor([height // 2, width // 2]).expand(len(images), 2)
