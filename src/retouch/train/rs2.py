@@ -17,7 +17,6 @@ and the head of the new one (`remainder="carry"`), or drops the rest ("drop"). W
 Cost: one permutation of N a pass. Limits: balanced subsets are drawn with replacement only, as in the code.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -145,7 +144,7 @@ class RepeatedRandomSampler(Sampler[int]):
             raise InputError(f"fraction is {fraction}, but must give at least one of the {num_samples} samples")
         self.replacement, self.labels, self.remainder, self.seed = replacement, labels, remainder, seed
         self.rank, self.world_size, self.epoch = rank, world_size, 0
-        self._adjusted = functools.lru_cache(maxsize=4)(self._adjust)
+        self._known: dict[int, Tensor] = {}  # adjusted shufflings by number, the latest two
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the round that is gone through next."""
@@ -170,26 +169,30 @@ class RepeatedRandomSampler(Sampler[int]):
     def _shuffling(self, number: int) -> Tensor:
         return torch.randperm(self.num_samples, generator=seeds.generator(self.seed, "shuffling", number))
 
-    def _adjust(self, number: int) -> Tensor:
-        """A shuffling whose head has no sample of the round that it completes: those come right after the head."""
+    def _adjusted(self, number: int) -> Tensor:
+        """A shuffling whose head has no sample of the round that it completes: those come right after the head.
+
+        What is moved back comes no further than 2 m, so the end of a long shuffling is as drawn, and only the one
+        before is needed; shares above a half are worked out from the first on.
+        """
+        if number not in self._known:
+            alone = self.num_samples >= 2 * self.size
+            first = number if alone else max((known for known in self._known if known < number), default=-1) + 1
+            for current in range(first, number + 1):
+                before = self._shuffling(current - 1) if alone else self._known.get(current - 1, torch.empty(0))
+                latest = {current: self._adjust(current, before)}
+                self._known = {k: order for k, order in self._known.items() if k == current - 1} | latest
+        return self._known[number]
+
+    def _adjust(self, number: int, before: Tensor) -> Tensor:
         order = self._shuffling(number)
         head = -(number * self.num_samples) % self.size
         if number == 0 or head == 0:
             return order
-        tail = self.size - head
-        # What is moved back comes no further than 2 m; beyond that the tail before is that of the shuffling as drawn.
-        before = self._shuffling(number - 1) if self.num_samples >= 2 * self.size else self._chain(number - 1)
-        free = ~torch.isin(order, before[-tail:])
-        chosen = free.nonzero()[:head, 0]
+        chosen = (~torch.isin(order, before[head - self.size :])).nonzero()[:head, 0]
         rest = torch.ones(self.num_samples, dtype=torch.bool)
         rest[chosen] = False
         return torch.cat([order[chosen], order[rest]])
-
-    def _chain(self, number: int) -> Tensor:
-        """An adjusted shuffling where each depends on the one before, without recursing to the first."""
-        for earlier in range(max(0, number - 2), number):
-            self._adjusted(earlier)
-        return self._adjusted(number)
 
     def __iter__(self) -> Iterator[int]:
         rows = self.subset(self.epoch)
@@ -207,7 +210,7 @@ class RepeatedRandomSampler(Sampler[int]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
         self.epoch, self.seed = state["epoch"], state["seed"]
-        self._adjusted.cache_clear()
+        self._known = {}
 
 
 def recipe(
