@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from retouch.report.page import arenas_page, forget_page
+from retouch.report.page import arenas_page, request_page
 from retouch.report.plots import bars, scatter
 from retouch.report.tables import claim_numbers, leaderboard, mean_and_error, number, print_leaderboards
 
@@ -200,6 +200,8 @@ def test_request_page_is_whole(evidence):
     request = {
         **{key: evidence[key] for key in ("measures", "order")},
         "technique": {"name": "ssd", "title": "SSD", "paper": "arXiv:1", "line": "It forgets."},
+        "title": "SSD: label=7",
+        "caption": "The model before and after",
         "lead": "It forgets.",
         "request": {"forget": "label=7", "samples to forget": 3},
         "options": {"alpha": "5.0"},
@@ -208,6 +210,6 @@ def test_request_page_is_whole(evidence):
         "words": ["It did."],
         "rows": rows,
     }
-    html = forget_page(request)
+    html = request_page(request)
     check_page(html)
     assert "SSD: label=7" in html and "00" * 32 in html and "It did." in html

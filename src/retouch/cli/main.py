@@ -16,7 +16,7 @@ COMMANDS = {
     "demo": "see a digit forgotten, by every technique, in three minutes",
     "worlds": "the embedded worlds: list them, or train their reference models again",
 }
-RUNNABLE = ("forget",)  # rooms with a command of their own so far
+RUNNABLE = ("forget", "train")  # rooms with a command of their own so far
 
 
 def usage() -> str:
@@ -62,6 +62,9 @@ def main() -> None:
     except Diverged as error:
         print(f"retouch: {error}", file=sys.stderr)  # noqa: T201
         code = 1
+    except BrokenPipeError:  # the reader, such as head, has had enough; flushing at exit must not complain either
+        sys.stdout = None  # type: ignore[assignment]
+        code = 0
     except KeyboardInterrupt:
         print("retouch: stopped", file=sys.stderr)  # noqa: T201
         code = 130

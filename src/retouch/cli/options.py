@@ -49,12 +49,13 @@ def parse(
         text: what the help says it does.
 
     Returns:
-        The shared options, and the technique's as keywords.
+        The shared options, and the technique's as keywords, without those that are among the shared ones.
     """
 
     def both(shared: Any, technique: Any) -> tuple[Any, dict[str, Any]]:
         return shared, dataclasses.asdict(technique)
 
     flat = tyro.conf.OmitArgPrefixes
-    both.__annotations__ = {"shared": flat[common], "technique": flat[technique_options(plugin)]}
+    own = technique_options(plugin, leave_out=("inplace", *(field.name for field in dataclasses.fields(common))))
+    both.__annotations__ = {"shared": flat[common], "technique": flat[own]}
     return tyro.cli(both, prog=prog, description=text, args=list(arguments))

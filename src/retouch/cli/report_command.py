@@ -56,9 +56,9 @@ def write_page(arenas: Sequence[dict[str, Any]], folder: Path) -> Path:
 
 def write_request_page(evidence: dict[str, Any], folder: Path) -> Path:
     """The page of one request on a user's model."""
-    from retouch.report.page import forget_page
+    from retouch.report.page import request_page
 
-    return _write(forget_page(evidence), folder / "report.html")
+    return _write(request_page(evidence), folder / "report.html")
 
 
 def _write(page: str, path: Path) -> Path:

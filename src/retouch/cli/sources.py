@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retouch.core import seeds
 from retouch.core.batches import in_order
 from retouch.core.checkpoints import load_model, save_model
 from retouch.core.data import labels_of
@@ -34,6 +35,12 @@ class ModelSource:
     processor: Any = None
     label2id: dict[str, int] | None = None
     world: tuple[str, str] | None = None
+
+    def untrained(self, seed: int) -> nn.Module:
+        """A model of the same class and settings with new weights."""
+        config: Any = self.model.config
+        with seeds.isolated(seeds.derive(seed, "weights")):
+            return type(self.model)(**config) if isinstance(config, dict) else type(self.model)(config)
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a changed model in the format that this one came in."""

@@ -88,9 +88,8 @@ def _names(points: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{p['title']} ({p['x']:.1f}" + (f", {p['y']:.1f}" if "y" in p else "") + ")" for p in points)
 
 
-def forget_page(evidence: Evidence) -> str:
-    """The page of one forgetting request on a user's model."""
-    title = f"{evidence['technique']['title']}: {evidence['request']['forget']}"
+def request_page(evidence: Evidence) -> str:
+    """The page of one request on a user's model: to forget something, or to train."""
     board = leaderboard({**evidence, "problems": {"request": {"rows": evidence["rows"]}}}, "request")
-    pictures = _pictures(evidence["pictures"])
-    return _render("forget", title=title, lead=evidence["lead"], evidence=evidence, board=board, pictures=pictures)
+    pictures, shown = _pictures(evidence["pictures"]), {"title": evidence["title"], "lead": evidence["lead"]}
+    return _render("request", **shown, evidence=evidence, board=board, pictures=pictures)

@@ -101,7 +101,10 @@ def carry_out(
     described = {**request.described, **counts}
     evidence: dict[str, Any] = {
         "technique": {key: value for key, value in asdict(card).items() if key in ("name", "title", "paper", "line")},
+        "title": f"{card.title}: {request.described['forget']}",
         "lead": card.line,
+        "caption": "The model before and after"
+        + ("" if request.oracle is None else ", and retrained without the forget set"),
         "request": described,
         "options": {name: str(value) for name, value in options.items()},
         "measures": {
