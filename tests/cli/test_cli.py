@@ -222,6 +222,11 @@ def test_what_is_wrong_is_said_in_one_sentence_and_nothing_is_written(retouch, t
     [
         (["lst"], "Did you mean list"),
         (["guide", "pag"], "The room guide is still empty"),
+        (
+            ["forget", "ssd", "--forget", "label=1", "--data", "modular"],
+            "The world modular is of numbers, but must be one of images: digits",
+        ),
+        (["worlds", "build", "modular"], "The world modular has no reference models to build"),
         (["show", "salum"], "Did you mean salun"),
         (["list", "forgets"], "Did you mean forget"),
         (["bench", "forgets"], "Did you mean forget"),

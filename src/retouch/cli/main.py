@@ -63,7 +63,7 @@ def main() -> None:
         print(f"retouch: {error}", file=sys.stderr)  # noqa: T201
         code = 1
     except BrokenPipeError:  # the reader, such as head, has had enough; flushing at exit must not complain either
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         code = 0
     except KeyboardInterrupt:
         print("retouch: stopped", file=sys.stderr)  # noqa: T201

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -78,6 +79,15 @@ def _is_world(name: str) -> bool:
     return name.partition("/")[0] in names() and not Path(name).exists()
 
 
+def _image_world(name: str) -> ModuleType:
+    """A world of labelled images, which is what image classifiers are for."""
+    module = world(name)
+    if module.KIND != "images":
+        fitting = [other for other in names() if world(other).KIND == "images"]
+        raise InputError(f"The world {name} is of {module.KIND}, but must be one of images: {', '.join(fitting)}")
+    return module
+
+
 def load_model_source(name: str) -> ModelSource:
     """A model by world or folder."""
     import transformers
@@ -86,7 +96,7 @@ def load_model_source(name: str) -> ModelSource:
     transformers.utils.logging.disable_progress_bar()
     if _is_world(name):
         where, _, variant = name.partition("/")
-        module = world(where)
+        module = _image_world(where)
         variant = variant or module.VARIANTS[0]
         if variant not in module.VARIANTS:
             raise InputError(
@@ -110,7 +120,7 @@ def load_model_source(name: str) -> ModelSource:
 def load_data_source(name: str, source: ModelSource, *, split: str = "train") -> DataSource:
     """Labelled data by world, folder or file, as inputs of a model."""
     if _is_world(name):
-        module = world(name.partition("/")[0])
+        module = _image_world(name.partition("/")[0])
         return DataSource(module.data(split), module.CLASSES, None, name)
     if not Path(name).exists():
         raise InputError(f"There is no data at {name}, and no world of that name (worlds: {', '.join(names())})")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from retouch.core.errors import InputError
 from retouch.worlds import WEIGHTS, names, world
 
 
@@ -26,7 +27,10 @@ def run(arguments: Sequence[str]) -> None:
             out: folder for the weights; those of the package if left out.
             seed: of weights and orders.
         """
-        world(name).build(out, seed=seed)
+        module = world(name)
+        if not module.VARIANTS:
+            raise InputError(f"The world {name} has no reference models to build")
+        module.build(out, seed=seed)
 
     tyro.extras.subcommand_cli_from_dict(
         {"list": list_worlds, "build": build}, prog="retouch worlds", args=list(arguments) or ["list"]

@@ -489,10 +489,10 @@ def _read(losses: Mapping[str, Tensor], share: float, accelerator: "Accelerator"
     for name, loss in losses.items():
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise InputError(f"The loss term {name} is {_describe(loss)}, but must be a tensor of one element")
+    if accelerator.num_processes == 1:
+        return {name: loss.item() * share for name, loss in losses.items()}
     values = torch.stack([loss.detach().float().reshape(()) for loss in losses.values()]) * share
-    if accelerator.num_processes > 1:
-        values = accelerator.reduce(values, "sum")
-    return dict(zip(losses, values.tolist(), strict=True))
+    return dict(zip(losses, accelerator.reduce(values, "sum").tolist(), strict=True))
 
 
 def _free_names(values: Mapping[str, Any]) -> None:

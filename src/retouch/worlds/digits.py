@@ -30,6 +30,7 @@ from retouch.core.metrics.unlearning import accuracy
 from retouch.core.models import Batch, predict
 from retouch.worlds import WEIGHTS
 
+KIND = "images"
 CLASSES = tuple("0123456789")
 SPLITS = {"train": 1200, "validation": 200, "test": 397}
 VARIANTS = ("cnn", "vit")
