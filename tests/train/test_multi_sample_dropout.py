@@ -287,11 +287,10 @@ def test_trains_together_with_cutmix(tiny_vit, digits_small, global_rng_untouche
 @pytest.mark.slow
 def test_study_more_samples_are_ahead_early(capsys):
     """300 digits, dropout of 0.8: 8 masks a step against 1, after 40 steps and at the end."""
-    from retouch.arenas.contest import Terms
-    from retouch.arenas.train import TrainProblem
+    from retouch.arenas.contest import Terms, arena
     from retouch.arenas.train.entries.multi_sample_dropout import solve
 
-    problem = TrainProblem("dropout", Terms(replicas=3))
+    problem = arena("train").prepare("dropout", Terms(replicas=3))
     early, end = [], []
     for number in range(3):
         replica = problem.replica(number)
