@@ -54,7 +54,7 @@ def guessing(**changes):
         "name": "guess",
         "question": "?",
         "problems": {"easy": "easy one", "hard": "hard one"},
-        "measures": {"error": Measure(title="error", better="low")},
+        "measures": {"error": Measure(title="error", better="low"), "speedup": Measure(title="speed-up")},
         "prepare": Guess,
         "measure": lambda problem, solutions: {
             "error": [float(s - problem.replica(k)) for k, s in enumerate(solutions)]

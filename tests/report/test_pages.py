@@ -39,6 +39,7 @@ def evidence():
         "settings": {"replicas": 3},
         "machine": {"device": "cpu", "threads": 2, "torch": "2"},
         "order": "gap",
+        "kinds": {"technique": "technique", "baseline": "baseline", "oracle": "the aim", "original": "original"},
         "plots": [
             {"kind": "scatter", "x": "forget", "y": "gap", "text": "Two of them.", "problems": []},
             {"kind": "bars", "x": "gap", "y": "", "text": "One of them.", "problems": []},

@@ -17,7 +17,12 @@ import numpy as np
 from retouch.core.errors import InputError, nearest, one_of, positive
 
 Values = dict[str, list[float]]  # measure -> one value a replica, or a single value over all of them
-KINDS = ("original", "oracle", "baseline", "technique")
+KIND_NAMES = {
+    "technique": "technique",
+    "baseline": "baseline",
+    "oracle": "retrained (the aim)",
+    "original": "original",
+}
 VARIED = ("train", "forget", "evaluate")
 RELATIONS = ("at most", "at least", "within")
 
@@ -210,6 +215,7 @@ class Arena:
         orders: another measure than that, by problem.
         baselines: () -> entries that are no technique.
         derive: rows by name -> None, adds to a problem's rows what compares them, such as ratios of time.
+        kinds: what the page calls each kind of entry.
         plots: drawn on the page.
         pictures: problem -> samples shown on the page.
         answers: (problem, solution) -> what it says of each picture.
@@ -225,6 +231,7 @@ class Arena:
     order: str
     orders: Mapping[str, str] = field(default_factory=dict)
     derive: Callable[[dict[str, Any]], None] = lambda rows: None
+    kinds: Mapping[str, str] = field(default_factory=lambda: dict(KIND_NAMES))
     baselines: Callable[[], Sequence[Entry]] = tuple
     plots: tuple[Plot, ...] = ()
     pictures: Callable[[Any], Sequence[Picture]] = lambda problem: ()

@@ -149,7 +149,7 @@ def _judge(arena: Arena, entries: Sequence[Entry], problem: str, record: dict[st
     """Measure every claim whose two sides are there; and ratios to the oracle's time."""
     rows = record["rows"]
     oracle = next((row for row in rows.values() if row["kind"] == "oracle"), None)
-    if oracle is not None:
+    if oracle is not None and "speedup" in arena.measures:
         whole = mean(oracle["values"]["seconds"])
         for row in rows.values():
             row["values"]["speedup"] = [whole / max(s, 1e-9) for s in row["values"]["seconds"]]
@@ -175,6 +175,7 @@ def _load(path: Path, arena: Arena, settings: dict[str, Any]) -> dict[str, Any]:
         "settings": settings,
         "machine": machine(),
         "order": arena.order,
+        "kinds": dict(arena.kinds),
         "plots": [dataclasses.asdict(plot) for plot in arena.plots],
         "measures": {name: dataclasses.asdict(measure) for name, measure in arena.measures.items()},
         "problems": {},

@@ -6,6 +6,7 @@ objective, the callbacks, or the optimizer. While it trains, the test error is w
 that), so that steps and seconds to a target can be compared as well as the end.
 """
 
+import dataclasses
 import functools
 import importlib
 import math
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from retouch.arenas.contest import Arena, Entry, Measure, Plot, Terms, Values, mean
+from retouch.arenas.contest import KIND_NAMES, Arena, Entry, Measure, Plot, Terms, Values, mean
 from retouch.core import seeds
 from retouch.core.batches import in_order
 from retouch.core.data import labels_of
@@ -273,6 +274,8 @@ def measure(problem: TrainProblem, solutions: Sequence[Solution]) -> Values:
         steps, seconds = to_target(solution.curve, problem.task.target)
         milliseconds = 1000 * solution.step_seconds
         values |= {"steps": steps, "wait": seconds, "step": milliseconds}
+        if problem.task.teacher is not None and problem.task.judge is classification_measures:
+            values |= against_teacher(problem, number, solution.model)
         if problem.task.early:
             later = (error for step, _, error in solution.curve if step >= problem.task.early)
             values["early"] = next(later, solution.curve[-1][2])
@@ -287,6 +290,29 @@ def to_target(curve: Sequence[tuple[int, float, float]], target: float) -> tuple
     return float(steps), seconds
 
 
+def against_teacher(problem: TrainProblem, number: int, model: nn.Module) -> dict[str, float]:
+    """Share of test samples on which a student says what its teacher says, and its size and compute in percent."""
+    teacher, test = problem.replica(number).teacher.model, problem.split(number).test
+    both = [predict(one, in_order(test)).argmax(-1) for one in (model, teacher)]
+    sizes = [sum(p.numel() for p in one.parameters()) for one in (model, teacher)]
+    work = [forward_flops(one, test) for one in (model, teacher)]
+    return {
+        "agreement": 100.0 * float((both[0] == both[1]).double().mean()),
+        "size": 100.0 * sizes[0] / sizes[1],
+        "flops": 100.0 * work[0] / max(work[1], 1),
+    }
+
+
+def forward_flops(model: nn.Module, data: Any) -> int:
+    """Floating point operations of one sample's forward pass, in eval mode."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = next(iter(in_order(data, 1)))
+    with FlopCounterMode(display=False) as counter:
+        predict(model, [batch])
+    return counter.get_total_flops()
+
+
 def derive(rows: dict[str, Any]) -> None:
     """Time of a step against plain training's of the same run."""
     plain = mean(rows["plain"]["values"]["step"]) if "plain" in rows else math.nan
@@ -299,10 +325,19 @@ def plain(replica: Replica) -> Solution:
     return replica.train()
 
 
+def teacher(replica: Replica) -> Solution:
+    """The teacher itself."""
+    model = replica.teacher.model
+    return Solution(model, [(0, 0.0, replica.task.error(model, replica.split))], math.nan)
+
+
 MEASURES = {
     "error": Measure(title="error", unit="%", better="low", digits=2, line="Test samples classified wrongly."),
     "calibration": Measure(
         title="calibration", unit="%", better="low", digits=2, line="Expected calibration error on test samples."
+    ),
+    "agreement": Measure(
+        title="agreement", unit="%", better="high", line="Test samples on which the student says what the teacher says."
     ),
     "early": Measure(title="early error", unit="%", better="low", line="Error at an early step, see the problem."),
     "steps": Measure(title="steps", better="low", digits=0, line="Steps until the error was at the task's target."),
@@ -315,8 +350,21 @@ MEASURES = {
         digits=0,
         line="Time of a step above plain training's of this run.",
     ),
+    "size": Measure(title="size", unit="%", better="low", line="Parameters, against the teacher's."),
+    "flops": Measure(
+        title="compute", unit="%", better="low", line="Operations of a forward pass, against the teacher's."
+    ),
     "seconds": Measure(title="time", unit="s", better="low", line="Seconds in all."),
 }
+
+
+def _merged(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries of one name from several tasks as one entry in all of them."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        before = found[entry.name].problems if entry.name in found else ()
+        found[entry.name] = dataclasses.replace(entry, problems=(*before, *entry.problems))
+    return list(found.values())
 
 
 def training_arena(name: str, question: str) -> Arena:
@@ -327,9 +375,13 @@ def training_arena(name: str, question: str) -> Arena:
         question: that it answers.
     """
     folder = importlib.import_module(f"retouch.arenas.{name}.tasks")
-    found = [importlib.import_module(f"{folder.__name__}.{m.name}").TASK for m in pkgutil.iter_modules(folder.__path__)]
+    files = [module.name for module in pkgutil.iter_modules(folder.__path__) if not module.name.startswith("_")]
+    found = [importlib.import_module(f"{folder.__name__}.{file}").TASK for file in files]
     tasks = {task.name: task for task in found}
-    always = Entry(name="plain", title="plain training", kind="original", solve=plain)
+    always = [Entry(name="plain", title="plain training", kind="original", solve=plain)]
+    taught = tuple(task.name for task in found if task.teacher is not None)
+    if taught:
+        always.append(Entry(name="teacher", title="the teacher", kind="oracle", solve=teacher, problems=taught))
     own = {name: measure for task in found for name, measure in task.measures.items()}
     return Arena(
         name=name,
@@ -341,6 +393,7 @@ def training_arena(name: str, question: str) -> Arena:
         order="error",
         orders={task.name: task.order for task in found},
         derive=derive,
-        baselines=lambda: (always, *(entry for task in found for entry in task.baselines)),
+        baselines=lambda: (*always, *_merged([entry for task in found for entry in task.baselines])),
+        kinds={**KIND_NAMES, "oracle": "teacher", "original": "plain training"},
         plots=tuple(plot for task in found for plot in task.plots),
     )

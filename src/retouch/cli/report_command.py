@@ -13,11 +13,12 @@ def run(arguments: Sequence[str]) -> None:
     """Make the page of the evidence in a folder."""
     import tyro
 
-    def report(folder: tyro.conf.Positional[Path] = Path("retouch-bench")) -> None:
+    def report(folder: tyro.conf.Positional[Path] = Path("retouch-bench"), markdown: bool = False) -> None:
         """Make the web page of the evidence in a folder.
 
         Args:
             folder: searched for evidence.json, with all its subfolders.
+            markdown: write the arenas' leaderboards as report.md too.
         """
         files = sorted(folder.rglob("evidence.json")) if folder.is_dir() else []
         if not files:
@@ -29,6 +30,10 @@ def run(arguments: Sequence[str]) -> None:
         arenas = [evidence for _, evidence in found if "arena" in evidence]
         if arenas:
             print(write_page(arenas, folder))  # noqa: T201
+        if arenas and markdown:
+            from retouch.report.tables import markdown as as_markdown
+
+            print(_write("\n".join(map(as_markdown, arenas)), folder / "report.md"))  # noqa: T201
 
     tyro.cli(report, prog="retouch report", args=list(arguments))
 

@@ -20,13 +20,15 @@ class TensorData(Dataset[Any]):
 
     Args:
         inputs: tensor (n, ...), or a mapping of such tensors that is handed to the model as keywords.
-        targets: tensor (n, ...), or None for data without labels.
+        targets: tensor (n, ...), a mapping of such tensors, or None for data without labels.
     """
 
-    def __init__(self, inputs: Tensor | Mapping[str, Tensor], targets: Tensor | None = None) -> None:
+    def __init__(
+        self, inputs: Tensor | Mapping[str, Tensor], targets: Tensor | Mapping[str, Tensor] | None = None
+    ) -> None:
         self.inputs, self.targets = inputs, targets
-        columns = [*inputs.values()] if isinstance(inputs, Mapping) else [inputs]
-        lengths = {len(column) for column in [*columns, *([] if targets is None else [targets])]}
+        parts = [part for part in (inputs, targets) if part is not None]
+        lengths = {len(c) for part in parts for c in (part.values() if isinstance(part, Mapping) else [part])}
         if len(lengths) != 1:
             raise InputError(f"inputs and targets have lengths {sorted(lengths)}, but must have one length")
 
@@ -37,7 +39,7 @@ class TensorData(Dataset[Any]):
     def __getitem__(self, index: Any) -> Any:
         inputs = tree_map(lambda t: t[index], self.inputs)
         if self.targets is not None:
-            return inputs, self.targets[index]
+            return inputs, tree_map(lambda t: t[index], self.targets)
         return inputs if isinstance(inputs, Mapping) else (inputs,)
 
 
@@ -108,7 +110,7 @@ def subset(data: Any, indices: Sequence[int] | Tensor) -> Any:
         raise InputError(f"An index is outside of the data: indices must be 0 to {len(data) - 1}")
     if isinstance(data, TensorData):
         inputs = tree_map(lambda t: t[rows], data.inputs)
-        return TensorData(inputs, None if data.targets is None else data.targets[rows])
+        return TensorData(inputs, tree_map(lambda t: t[rows], data.targets))
     return Subset(data, rows.tolist())
 
 
@@ -124,7 +126,9 @@ def in_memory(data: Any) -> TensorData:
 def concat(*parts: Any) -> Any:
     """Several data sets one after the other."""
     datasets = [as_dataset(part) for part in parts]
-    if all(isinstance(d, TensorData) and isinstance(d.inputs, Tensor) for d in datasets):
+    if all(isinstance(d, TensorData) and not isinstance(d.inputs, Mapping) for d in datasets) and not any(
+        isinstance(d.targets, Mapping) for d in datasets
+    ):
         targets = [d.targets for d in datasets]
         joined = None if any(t is None for t in targets) else torch.cat(targets)
         return TensorData(torch.cat([d.inputs for d in datasets]), joined)
@@ -139,8 +143,10 @@ def labels_of(data: Any) -> Tensor:
     if isinstance(data, ConcatDataset):
         return torch.cat([labels_of(part) for part in data.datasets])
     targets = getattr(data, "targets", None)
+    if isinstance(targets, Mapping):
+        targets = targets.get("labels")
     if targets is None:
         targets = [unpack(data[i])[1] for i in range(len(data))]
-        if any(t is None for t in targets):
+        if any(t is None or isinstance(t, Mapping) for t in targets):
             raise InputError("The data has no labels, but this needs them: samples must be (input, target)")
     return torch.as_tensor(targets).long()

@@ -9,6 +9,8 @@ from retouch import __version__
 from retouch.report.plots import bars, scatter
 from retouch.report.tables import Evidence, claim_numbers, leaderboard, mean_and_error
 
+KINDS = {kind: kind for kind in ("technique", "baseline", "oracle", "original")}  # where evidence has no other names
+
 
 def _render(template: str, **values: Any) -> str:
     import jinja2
@@ -38,10 +40,12 @@ def arenas_page(arenas: Sequence[Evidence], *, title: str, lead: str, words: Seq
 
 def _problem(evidence: Evidence, name: str) -> dict[str, Any]:
     record = evidence["problems"][name]
+    kinds = {row["kind"] for row in record["rows"].values()}
     board = leaderboard(evidence, name)
     rows = [record["rows"][line.name] for line in board.lines]
     return {
         "description": record["description"],
+        "legend": {kind: text for kind, text in evidence.get("kinds", KINDS).items() if kind in kinds},
         "words": record.get("words", []),
         "pictures": _pictures(record.get("pictures", [])),
         "rows": [row for row in rows if row.get("answers")],

@@ -116,6 +116,25 @@ def print_leaderboards(evidence: Evidence) -> None:
             console.print(f"  {mark}: {escape(claim['text'])} [dim]{escape(claim_numbers(claim, evidence))}[/]")
 
 
+def markdown(evidence: Evidence) -> str:
+    """Every problem's leaderboard and claims as Markdown, for documentation."""
+    parts = [f"## {evidence['arena']}\n\n{evidence['question']}"]
+    for problem, record in evidence["problems"].items():
+        board = leaderboard(evidence, problem)
+        parts.append(f"### {problem}\n\n{record['description']}")
+        parts.append("\n\n".join(record.get("words", [])))
+        headings = [m["title"] + (f" ({m['unit']})" if m["unit"] else "") for _, m in board.columns]
+        table = [["", *headings], ["---", *["---:"] * len(headings)]]
+        for line in board.lines:
+            cells = [cell.text + (f" ± {cell.error}" if cell.error else "") for cell in line.cells]
+            table.append([f"**{line.title}**" if line.kind == "technique" else line.title, *cells])
+        parts.append("\n".join("| " + " | ".join(row) + " |" for row in table))
+        marks = {True: "holds", False: "**does not hold**", None: "not measured"}
+        claims = record.get("claims", [])
+        parts.append("\n".join(f"- {marks[c['holds']]}: {c['text']} ({claim_numbers(c, evidence)})" for c in claims))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
 def claim_numbers(claim: dict[str, Any], evidence: Evidence) -> str:
     """The measured difference of a claim in words."""
     if claim["difference"] is None:

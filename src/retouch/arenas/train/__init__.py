@@ -5,9 +5,26 @@ Each file of the folder `tasks` is a problem, each of `entries` a contestant; ho
 
 from typing import Any
 
-from retouch.arenas.training import Replica, Solution, Split, Task, TrainProblem, classification_measures, plain
+from retouch.arenas.training import (
+    Replica,
+    Solution,
+    Split,
+    Task,
+    TrainProblem,
+    classification_error,
+    classification_measures,
+)
 
-__all__ = ["ARENA", "Replica", "Solution", "Split", "Task", "TrainProblem", "classification_measures", "plain"]
+__all__ = [
+    "ARENA",
+    "Replica",
+    "Solution",
+    "Split",
+    "Task",
+    "TrainProblem",
+    "classification_error",
+    "classification_measures",
+]
 
 
 def __getattr__(name: str) -> Any:

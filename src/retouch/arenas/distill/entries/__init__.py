@@ -1,0 +1,1 @@
+"""One contestant a file."""
