@@ -29,6 +29,8 @@ MEASURES = {
     ),
     "validation": ("validation", "%", 2, "Accuracy on the samples that a technique may choose by."),
     "train": ("train", "%", 2, "Accuracy on the training samples."),
+    "agreement": ("agreement", "%", 2, "Held-out samples on which the model says what the teacher says."),
+    "parameters": ("parameters", "thousand", 1, "Weights of the model."),
     "seconds": ("time", "s", 1, "Seconds of training."),
     "step": ("step", "ms", 1, "Milliseconds a training step."),
 }
@@ -47,6 +49,7 @@ class TrainRequest:
         plain: train plainly as well, to compare.
         checkpoint: folder where both runs are saved and resumed from, or None.
         described: the request in words.
+        teacher: the model that is learned from, if there is one.
     """
 
     build: Callable[[], nn.Module]
@@ -57,20 +60,30 @@ class TrainRequest:
     plain: bool
     checkpoint: Path | None
     described: Mapping[str, Any]
+    teacher: nn.Module | None = None
 
 
 def carry_out(
-    request: TrainRequest, card: Card, recipe: Callable[..., Recipe], options: Mapping[str, Any]
+    request: TrainRequest, card: Card, make: Callable[[nn.Module], Recipe], options: Mapping[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train with the technique, and plainly if asked for, and measure both.
+
+    Args:
+        request: what is asked for.
+        card: of the technique.
+        make: model to train -> the technique's recipe.
+        options: of the technique, for the evidence.
 
     Returns:
         The model that the technique trained, and the evidence.
     """
     import accelerate  # noqa: F401  so that its import is not in the time of the first run
 
-    made = recipe(request.build(), request.train, request.validation, **options)
+    made = make(request.build())
     rows = {}
+    if request.teacher is not None:
+        rows["teacher"] = {"title": "the teacher", "kind": "oracle", "values": _measure(request, request.teacher)}
+        rows["teacher"]["answers"] = []
     if request.plain:
         _, rows["plain"] = _run(
             request, Recipe(model=request.build(), data=request.train), "plain training", "original"
@@ -112,14 +125,24 @@ def _run(request: TrainRequest, recipe: Recipe, title: str, kind: str) -> tuple[
     start = time.perf_counter()
     model, history = recipe.fit(**settings)
     seconds = time.perf_counter() - start
+    values = _measure(request, model)
+    values |= {"seconds": [seconds], "step": [1000 * seconds / max(len(history), 1)]}
+    return model, {"title": title, "kind": kind, "values": values, "answers": []}
+
+
+def _measure(request: TrainRequest, model: nn.Module) -> dict[str, list[float]]:
+    """Accuracy on all parts, calibration, and size."""
     parts = {"test": request.test, "validation": request.validation, "train": request.train}
     logits = {name: predict(model, in_order(data)).cpu() for name, data in parts.items() if data is not None}
     labels = {name: labels_of(parts[name]) for name in logits}
     values = {name: [accuracy(logits[name], labels[name])] for name in logits}
     held_out = "test" if "test" in logits else "validation"
     values["calibration"] = [_calibration(logits[held_out], labels[held_out])]
-    values |= {"seconds": [seconds], "step": [1000 * seconds / max(len(history), 1)]}
-    return model, {"title": title, "kind": kind, "values": values, "answers": []}
+    if request.teacher is not None:
+        theirs = predict(request.teacher, in_order(parts[held_out])).cpu()
+        values["agreement"] = [100.0 * float((theirs.argmax(-1) == logits[held_out].argmax(-1)).double().mean())]
+        values["parameters"] = [sum(p.numel() for p in model.parameters()) / 1000]
+    return values
 
 
 def _calibration(logits: torch.Tensor, labels: torch.Tensor) -> float:
