@@ -1,15 +1,18 @@
 """Makes the page of every technique from its file, a page for each mechanism of core, and the navigation."""
 
 import ast
+from pathlib import Path
 
 import mkdocs_gen_files
 
 from retouch.core.cards import PACKAGE, ROOMS, cards, room_line
 
+DOCS = Path(__file__).parent
+
 summary = [
     "* [retouch](index.md)",
     "* [From zero](guide.md)",
-    "* [Forget](forget.md)",
+    *(f"* [{room.capitalize()}]({room}.md)" for room in ROOMS if (DOCS / f"{room}.md").exists()),
     "* [Adding a technique](adding.md)",
 ]
 
