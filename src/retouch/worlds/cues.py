@@ -3,9 +3,9 @@
     two_cue("train", count=300)                  both cues, 16 x 16 pixels, 4 classes
     two_cue("test", easy=False)                  the same images with the easy cue taken out; hard=False likewise
 
-The left half holds a square whose brightness is the class, the right half a weak grating whose orientation is, both under
-noise. A classifier may use either or both, and taking one cue out tells which: does a training technique make a network
-attend to the less discriminative part as well?
+The left half holds a square whose brightness is the class, the right half a weak grating whose orientation is, both
+under noise. A classifier may use either or both, and taking one cue out tells which: does a training technique make a
+network attend to the less discriminative part as well?
 """
 
 from math import pi
@@ -25,7 +25,7 @@ SQUARE = 4  # side of the square in pixels
 BRIGHTNESS = (0.1, 0.4, 0.7, 1.0)  # of the square, by class
 PLAIN = 0.5  # brightness of everything else
 WAVE = 4.0  # pixels from one line of the grating to the next
-AMPLITUDE = 0.12  # of the grating
+AMPLITUDE = 0.06  # of the grating
 NOISE = 0.1  # standard deviation, everywhere
 
 

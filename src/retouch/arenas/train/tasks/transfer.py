@@ -77,12 +77,13 @@ class SupervisedContrastive(LOOK):
     def __call__(self, model: nn.Module, batch: Batch, run: Any = None) -> Any:
         inputs, index = unpack(batch)
         embeddings, labels, bank = forward(model, inputs), self.labels[index], self.loss.bank
-        scores = embeddings @ bank.features.clone().T / self.loss.temperature  # it is written to below
         others = bank.filled & (torch.arange(len(bank.filled)) != index[:, None])
         same = others & (bank.labels == labels[:, None])
-        log_p = scores - scores.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
         counted = same.any(1)
-        losses = -(log_p.masked_fill(~same, 0).sum(1)[counted] / same.sum(1)[counted])
+        others, same = others[counted], same[counted]
+        scores = embeddings[counted] @ bank.features.clone().T / self.loss.temperature  # it is written to below
+        log_p = scores - scores.masked_fill(~others, -torch.inf).logsumexp(1, keepdim=True)
+        losses = -(log_p * same).sum(1) / same.sum(1)
         bank.update(index, embeddings, labels)
         return {"contrastive": losses.sum() / counted.sum().clamp(min=1) + 0.0 * embeddings.sum()}
 
@@ -100,7 +101,7 @@ def pretrain(replica: Replica, kind: type[LOOK], *, dim: int | None, **settings:
         indexed(data),
         objective,
         callbacks=[objective],
-        error=lambda _: replica.task.error(model, replica.split),
+        error=lambda _: replica.task.error(fit_head(model, data), replica.split),  # the head is not trained meanwhile
         finish=lambda _: fit_head(model, data),
     )
 
@@ -116,8 +117,8 @@ BASELINES = (
         title="supervised contrastive",
         kind="baseline",
         solve=contrastive,
-        settings={"": {"dim": 128, "temperature": 0.1}},
-        grid={"temperature": (0.05, 0.1, 0.2, 0.5)},
+        settings={"": {"dim": 128, "temperature": 0.05}},
+        grid={"temperature": (0.05, 0.1, 0.3, 1.0)},
         problems=("transfer",),
         note="with a projection, as usual",
     ),
