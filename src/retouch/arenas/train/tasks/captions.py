@@ -1,6 +1,7 @@
 """Images and their captions: what a contrast of pairs learns of each attribute that the captions mention."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,43 +13,33 @@ from retouch.arenas.train import Replica, Solution, Split, Task
 from retouch.core.data import TensorData
 from retouch.core.models import Batch, forward, mode, unpack
 from retouch.train.cloob import effective_rank, embeddings_of, info_nce_loss, infoloob_loss, retrievals
-from retouch.worlds.shapes.captions import VOCABULARY, caption, tokenize
-from retouch.worlds.shapes.drawing import render
-from retouch.worlds.shapes.scenes import ATTRIBUTES, BACKGROUNDS, Distribution, Scene, all_things, scene
+from retouch.worlds import shapes
+from retouch.worlds.shapes.scenes import all_things
 
 SAMPLES, HELD_OUT = 2000, 400
-LENGTH = 40  # words of a caption at most
 INV_TAU = 30.0
 JUDGED = ("colour", "shape", "size")
 
 
-def tokens(captions: list[str]) -> Tensor:
-    """Words by number from 1 on, and 0 after the last (n, LENGTH)."""
-    rows = torch.zeros(len(captions), LENGTH, dtype=torch.long)
-    for row, text in zip(rows, captions, strict=True):
-        numbers = tokenize(text)
-        row[: len(numbers)] = torch.tensor(numbers) + 1
-    return rows
+def tokens(captions: Iterable[str]) -> Tensor:
+    """Words by number from 1 on, and 0 after the last (n, longest)."""
+    rows = [torch.tensor(shapes.tokenize(text)) + 1 for text in captions]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def pairs(split: str, count: int, seed: int, things: tuple[int, ...]) -> tuple[TensorData, list[Scene]]:
-    """Images of 32 x 32 pixels with captions that say everything."""
-    kind = Distribution(counts=things)
-    scenes = [scene(split, number, seed=seed, distribution=kind) for number in range(count)]
-    inputs = {"pixel_values": render(scenes, 32), "input_ids": tokens([caption(one) for one in scenes])}
-    return TensorData(inputs), scenes
+def pairs(split: str, count: int, seed: int, *, things: tuple[int, ...] = (1, 2)) -> tuple[TensorData, Any]:
+    """Images of 32 x 32 pixels with captions that say everything, and their scenes."""
+    samples = shapes.data(split, size=32, count=count, distribution=shapes.Distribution(counts=things), seed=seed)
+    return TensorData({"pixel_values": samples.images, "input_ids": tokens(samples.captions)}), samples.scenes
 
 
 def draw(seed: int, search: bool) -> Split:
     """New scenes for every replica; those judged on are of another split of the world."""
     held_out = "validation" if search else "test"
-    train, _ = pairs("train", SAMPLES, seed, (1, 2, 3))
-    several, _ = pairs(held_out, HELD_OUT, seed, (1, 2, 3))
-    single, scenes = pairs(held_out, HELD_OUT, seed, (1,))
-    labels = {
-        name: torch.tensor([values.index(getattr(one.things[0], name)) for one in scenes])
-        for name, values in ((name, tuple(ATTRIBUTES[name])) for name in JUDGED)
-    }
+    train, _ = pairs("train", SAMPLES, seed)
+    several, _ = pairs(held_out, HELD_OUT, seed)
+    single, scenes = pairs(held_out, HELD_OUT, seed, things=(1,))
+    labels = {name: shapes.labels(scenes, name) for name in JUDGED}
     return Split(train=train, test=several, notes={"single": single, "labels": labels})
 
 
@@ -83,7 +74,7 @@ class Towers(nn.Module):
             Everywhere(),
             nn.Linear(8 * width, size),
         )
-        self.words = nn.EmbeddingBag(len(VOCABULARY) + 1, size, mode="mean", padding_idx=0)
+        self.words = nn.EmbeddingBag(len(shapes.VOCABULARY) + 1, size, mode="mean", padding_idx=0)
         self.text = nn.Sequential(nn.Linear(size, 2 * size), nn.ReLU(), nn.Linear(2 * size, size))
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> Pairs:
@@ -102,12 +93,8 @@ class Towers(nn.Module):
 @functools.cache
 def prompts() -> tuple[Tensor, dict[str, Tensor]]:
     """A caption of every single thing on every background, and which value of each attribute it names."""
-    things = [Scene((thing,), background) for thing in all_things() for background in BACKGROUNDS]
-    values = {
-        name: torch.tensor([tuple(ATTRIBUTES[name]).index(getattr(one.things[0], name)) for one in things])
-        for name in JUDGED
-    }
-    return tokens([caption(one) for one in things]), values
+    scenes = [shapes.Scene((thing,), background) for thing in all_things() for background in shapes.BACKGROUNDS]
+    return tokens(map(shapes.caption, scenes)), {name: shapes.labels(scenes, name) for name in JUDGED}
 
 
 @torch.no_grad()
@@ -146,14 +133,14 @@ def judge(model: Any, split: Split) -> dict[str, float]:
         single = model.embed_images(split.notes["single"].inputs["pixel_values"])
     best = (images @ texts.T).argmax(1)
     same = (inputs["input_ids"][best] == inputs["input_ids"]).all(1)  # of two equal captions either is right
-    half, shapes = len(single) // 2, split.notes["labels"]["shape"].numpy()
-    probe = RidgeClassifier(alpha=1e-3).fit(single[:half].numpy(), shapes[:half])
+    half, named = len(single) // 2, split.notes["labels"]["shape"].numpy()
+    probe = RidgeClassifier(alpha=1e-3).fit(single[:half].numpy(), named[:half])
     return {
         **found,
         "error": 100.0 - sum(found.values()) / len(found),
         "recall": 100 * float(same.double().mean()),
         "rank": float(effective_rank(images)),
-        "probe": 100 * probe.score(single[half:].numpy(), shapes[half:]),
+        "probe": 100 * probe.score(single[half:].numpy(), named[half:]),
     }
 
 

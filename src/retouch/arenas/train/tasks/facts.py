@@ -1,9 +1,11 @@
 """A small language model learns facts on people: how sure are its answers from epoch to epoch?"""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -93,8 +95,8 @@ class Wavering(Callback):
 
     def measures(self, model: nn.Module) -> dict[str, float]:
         """Variance over the last half of the epochs."""
-        later = torch.tensor(self.scores[len(self.scores) // 2 :])
-        return {"wavering": float(later.var(correction=0))}
+        later = self.scores[len(self.scores) // 2 :]
+        return {"wavering": float(np.var(later)) if later else math.nan}
 
 
 def train(replica: Replica, **settings: Any) -> Solution:
