@@ -1,42 +1,64 @@
-"""The world `cues`: two cues for one class, of which either can be taken out."""
+"""The world `cues`: two cues that agree, each of which can be taken out without changing anything else."""
 
 import pytest
 import torch
 
 from retouch.core.errors import InputError
-from retouch.worlds import cues
+from retouch.worlds import cues, names, world
 
 
-def test_images_are_seeded_and_splits_differ(global_rng_untouched):
-    one, two, other = (cues.two_cue("train", count=20, seed=seed) for seed in (1, 1, 2))
-    assert one.inputs.shape == (20, 1, 16, 16)
-    assert torch.equal(one.inputs, two.inputs) and torch.equal(one.targets, two.targets)
-    assert not torch.equal(one.inputs, other.inputs)
-    assert not torch.equal(one.inputs, cues.two_cue("test", count=20, seed=1).inputs)
-    assert set(cues.two_cue("test", count=200).targets.tolist()) == {0, 1, 2, 3}
+def test_the_world_is_found():
+    assert "cues" in names() and world("cues") is cues
+    assert {split: len(cues.data(split)) for split in cues.SPLITS} == cues.SPLITS
 
 
-def test_taking_a_cue_out_leaves_the_other_half_as_it_was():
-    whole = cues.two_cue("test", count=50)
-    no_easy, no_hard = cues.two_cue("test", count=50, easy=False), cues.two_cue("test", count=50, hard=False)
-    for changed, kept, gone in ((no_easy, slice(8, 16), slice(0, 8)), (no_hard, slice(0, 8), slice(8, 16))):
-        assert torch.equal(changed.targets, whole.targets)
-        assert torch.equal(changed.inputs[..., kept], whole.inputs[..., kept])
-        assert not torch.equal(changed.inputs[..., gone], whole.inputs[..., gone])
+def test_images_depend_on_the_arguments_alone(global_rng_untouched):
+    one, same, other, test = (
+        cues.two_cue(split, count=40, seed=seed)
+        for split, seed in (("train", 1), ("train", 1), ("train", 2), ("test", 1))
+    )
+    assert one.inputs.shape == (40, 1, 16, 16) and one.inputs.dtype == torch.float32
+    assert torch.equal(one.inputs, same.inputs) and torch.equal(one.targets, same.targets)
+    assert not torch.equal(one.inputs, other.inputs) and not torch.equal(one.inputs, test.inputs)
+    assert torch.bincount(one.targets).tolist() == [10] * 4
 
 
-def test_the_easy_cue_tells_the_class_and_is_gone_when_taken_out():
-    def separation(data):
-        levels = data.inputs[..., :8].mean((1, 2, 3))
-        means = torch.stack([levels[data.targets == c].mean() for c in range(4)])
-        return float(means.std() / levels.std())
+def test_taking_a_cue_out_changes_its_half_alone():
+    both, no_easy, no_hard, neither = (
+        cues.two_cue("test", count=60, easy=easy, hard=hard)
+        for easy, hard in ((True, True), (False, True), (True, False), (False, False))
+    )
+    left, right = slice(0, 8), slice(8, 16)
+    assert torch.equal(both.inputs[..., right], no_easy.inputs[..., right])
+    assert torch.equal(both.inputs[..., left], no_hard.inputs[..., left])
+    assert torch.equal(neither.inputs[..., left], no_easy.inputs[..., left])
+    assert torch.equal(neither.inputs[..., right], no_hard.inputs[..., right])
+    assert torch.equal(both.targets, neither.targets)
+    assert float(neither.inputs.mean()) == pytest.approx(cues.PLAIN, abs=0.01)
+    assert float(neither.inputs.std()) == pytest.approx(cues.NOISE, abs=0.01)
 
-    assert separation(cues.two_cue("test", count=400)) > 0.8
-    assert separation(cues.two_cue("test", count=400, easy=False)) < 0.3
+
+def test_the_easy_cue_is_the_brightness_of_the_square():
+    data = cues.two_cue("test", count=400, hard=False)
+    found = (data.inputs[..., :8] - cues.PLAIN).sum((1, 2, 3)) / cues.SQUARE**2 + cues.PLAIN
+    nearest = (found[:, None] - torch.tensor(cues.BRIGHTNESS)).abs().argmin(1)
+    assert float((nearest == data.targets).float().mean()) > 0.95
 
 
-def test_bad_input_is_refused():
+def test_the_hard_cue_is_the_orientation_of_the_grating():
+    data = cues.two_cue("test", count=400, easy=False)
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(8.0), indexing="ij")
+    angles = torch.arange(4) * torch.pi / 4
+    wave = torch.exp(2j * torch.pi / cues.WAVE * (y * angles.cos().view(4, 1, 1) + x * angles.sin().view(4, 1, 1)))
+    power = torch.einsum("nhw,chw->nc", (data.inputs[:, 0, :, 8:] - cues.PLAIN).to(wave.dtype), wave).abs()
+    assert float((power.argmax(1) == data.targets).float().mean()) > 0.95  # known to a matched filter
+    easy_only = cues.two_cue("test", count=400, easy=False, hard=False)
+    power = torch.einsum("nhw,chw->nc", (easy_only.inputs[:, 0, :, 8:] - cues.PLAIN).to(wave.dtype), wave).abs()
+    assert float((power.argmax(1) == easy_only.targets).float().mean()) < 0.4
+
+
+def test_bad_input_is_named():
     with pytest.raises(InputError, match="split is 'all'"):
-        cues.two_cue("all", count=3)
+        cues.two_cue("all")
     with pytest.raises(InputError, match="count is 0"):
-        cues.two_cue("train", count=0)
+        cues.two_cue(count=0)

@@ -6,6 +6,10 @@
 The left half holds a square whose brightness is the class, the right half a weak grating whose orientation is, both
 under noise. A classifier may use either or both, and taking one cue out tells which: does a training technique make a
 network attend to the less discriminative part as well?
+
+A network of two convolutions (24 and 48 channels, batch norm, global pooling), Adam 3e-3, 500 steps of 48 images, mean
+of 3 seeds, accuracy with both cues / without the easy one / without the hard one: trained plainly 1.00 / 0.43 / 0.98,
+with CutMix on half of the batches 1.00 / 0.64 / 0.95; chance is 0.25.
 """
 
 from math import pi
@@ -21,11 +25,11 @@ VARIANTS: tuple[str, ...] = ()
 CLASSES = ("dark, level", "dim, rising", "bright, upright", "white, falling")
 SPLITS = {"train": 300, "validation": 400, "test": 1000}
 SIDE = 16
-SQUARE = 4  # side of the square in pixels
+SQUARE = 6  # side of the square in pixels
 BRIGHTNESS = (0.1, 0.4, 0.7, 1.0)  # of the square, by class
 PLAIN = 0.5  # brightness of everything else
 WAVE = 4.0  # pixels from one line of the grating to the next
-AMPLITUDE = 0.06  # of the grating
+AMPLITUDE = 0.09  # of the grating
 NOISE = 0.1  # standard deviation, everywhere
 
 
