@@ -99,7 +99,7 @@ def test_own_measures_finish_and_teachers():
     assert asked.replica(0).teacher is asked.replica(0).teacher
 
 
-TASKS = [(name, task) for name in ("train",) for task in arena(name).problems]
+TASKS = [(name, task) for name in ("train", "distill") for task in arena(name).problems]
 
 
 @pytest.mark.slow
