@@ -1,6 +1,7 @@
 """The world `shapes`: scenes, captions that say what they show, exact layers, and an oracle that reads images."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -13,8 +14,6 @@ from retouch.worlds import names, shapes, world
 from retouch.worlds.shapes import oracle, quality
 from retouch.worlds.shapes.captions import holds
 from retouch.worlds.shapes.scenes import GAP, MARGIN, all_things, extent
-
-ANY = shapes.Distribution(counts=(0, 1, 2, 3, 4))
 
 
 def scenes(count, split="test", **choices):
@@ -222,9 +221,8 @@ def test_the_oracle_reads_every_thing_exactly(size):
     singles = []
     for number, thing in enumerate(all_things()):
         x, y = 0.3 + 0.4 * rng.random(2)
-        placed = shapes.Thing(thing.shape, thing.colour, thing.size, thing.style, x, y)
-        singles.append(shapes.Scene((placed,), tuple(shapes.BACKGROUNDS)[number % 4]))
-    chosen = singles if size == 32 else singles[::3]
+        singles.append(shapes.Scene((replace(thing, x=x, y=y),), tuple(shapes.BACKGROUNDS)[number % 4]))
+    chosen = singles if size == 32 else singles[::5]
     readings = oracle.read(shapes.render(chosen, size))
     for scene, reading in zip(chosen, readings, strict=True):
         assert reading.valid and reading.background == scene.background and len(reading.things) == 1
@@ -238,7 +236,7 @@ def test_the_oracle_reads_every_thing_exactly(size):
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_the_oracle_reads_every_scene_exactly(size):
-    some = scenes(150, counts=(0, 1, 2, 3))
+    some = scenes(200 if size == 32 else 100, counts=(0, 1, 2, 3))
     readings = oracle.read(shapes.render(some, size))
     rates = quality.accuracy(readings, some)
     assert all(rates[name] == 100 for name in ("background", *shapes.ATTRIBUTES)), rates
@@ -250,7 +248,7 @@ def test_the_oracle_reads_every_scene_exactly(size):
 
 @pytest.mark.parametrize(("wear", "size"), [("noise", 64), ("noise and JPEG", 64), ("blur", 64), ("noise", 32)])
 def test_the_oracle_reads_worn_images(wear, size):
-    some = scenes(100)
+    some = scenes(60)
     images = quality.worn(shapes.render(some, size), **quality.WEAR[wear], generator=torch.Generator().manual_seed(1))
     rates = quality.accuracy(oracle.read(images), some)
     assert all(rates[name] >= 99 for name in ("count", "background", *shapes.ATTRIBUTES)), rates
@@ -269,10 +267,13 @@ def test_scores_are_probabilities_and_fall_with_noise():
     assert unclear.explained < clear.explained
 
 
-def test_things_that_touch_are_taken_apart():
-    one, other = shapes.Thing("circle", "red", x=0.3), shapes.Thing("square", "blue", x=0.3 + 0.18 * (0.95 + 0.84))
+@pytest.mark.parametrize(("shape", "colour"), [("square", "blue"), ("heart", "blue"), ("triangle", "red")])
+def test_things_that_touch_are_taken_apart(shape, colour):
+    one = shapes.Thing("circle", "red", x=0.3)
+    other = shapes.Thing(shape, colour)
+    other = replace(other, x=0.3 + extent(one)[1] + extent(other)[0])
     reading = oracle.read(shapes.render([shapes.Scene((one, other))]))[0]
-    assert [(t.colour, t.shape) for t in reading.things] == [("red", "circle"), ("blue", "square")]
+    assert [(t.colour, t.shape) for t in reading.things] == [("red", "circle"), (colour, shape)]
 
 
 def test_images_that_are_no_scenes_are_not_valid():
@@ -324,38 +325,29 @@ def test_prompt_fidelity_of_true_and_of_shuffled_captions():
 
 
 def test_change_outside_sees_only_what_is_outside():
-    scene = scenes(1, counts=(2,))[0]
-    first, second = scene.things
-    recoloured = shapes.Scene((shapes.Thing("heart", "green", first.size, "glossy", first.x, first.y), second))
-    before, after = shapes.render([scene]), shapes.render([recoloured])
-    after[:, :, :, :] = torch.where(shapes.alphas(scene)[1] > 0, before, after)
-    mask = torch.zeros(64, 64)
-    top, left = int(64 * (first.y - 0.23)), int(64 * (first.x - 0.23))
-    mask[top : int(64 * (first.y + 0.25)), left : int(64 * (first.x + 0.25))] = 1
-    if scene.background == recoloured.background:
-        assert float(oracle.change_outside(before, after, mask)) == 0
-    assert float(oracle.change_outside(before, 1 - before, mask)) > 0
+    first, second = shapes.Thing("circle", "red", x=0.25), shapes.Thing("star", "blue", x=0.75)
+    before = shapes.render([shapes.Scene((first, second))])
+    after = shapes.render([shapes.Scene((replace(first, colour="green", style="hatched"), second))])
+    mask = (shapes.silhouettes(shapes.Scene((first, second)))[0] > 0).float()
+    assert oracle.change_outside(before, after, mask).tolist() == [0]
+    assert float(oracle.change_outside(before, after, torch.zeros(64, 64))) > 0.01
     half = torch.zeros(64, 64)
     half[:, :32] = 1
     edited = before.clone()
-    edited[..., :32] = 0
-    assert oracle.change_outside(before, edited, half).tolist() == [0]
-    edited[..., 32:] = before[..., 32:] + 0.25
+    edited[..., 32:] += 0.25
     assert oracle.change_outside(before, edited, half[None]).tolist() == pytest.approx([0.25])
 
 
 def test_features_tell_distributions_apart():
-    from scipy import linalg
-
     def distance(a, b):
         (m, s), (n, t) = ((x.mean(0), x.T.cov()) for x in (a.double(), b.double()))
-        root = linalg.sqrtm((s @ t).numpy()).real.trace()
+        root = torch.linalg.eigvals(s @ t).real.clamp(min=0).sqrt().sum()
         return float((m - n).square().sum() + s.trace() + t.trace() - 2 * root)
 
-    one, two = (oracle.oracle_features(shapes.data(split, count=120, size=32).images) for split in ("train", "test"))
+    one, two = (oracle.oracle_features(shapes.data(split, count=80, size=32).images) for split in ("train", "test"))
     other = shapes.Distribution(colours=("red", "orange"), styles=("outlined",))
-    three = oracle.oracle_features(shapes.data("test", count=120, size=32, distribution=other).images)
-    assert one.shape == (120, 44) and bool(torch.isfinite(one).all())
+    three = oracle.oracle_features(shapes.data("test", count=80, size=32, distribution=other).images)
+    assert one.shape == (80, 44) and bool(torch.isfinite(one).all())
     assert distance(one, one) == pytest.approx(0, abs=1e-3)
     assert distance(one, three) > 3 * distance(one, two)
     assert oracle.oracle_features(torch.zeros(0, 3, 32, 32)).shape == (0, 44)
@@ -374,6 +366,8 @@ def test_the_oracle_leaves_randomness_and_its_input_alone(global_rng_untouched):
 
 # Bad input
 
+NEVER = shapes.Distribution(counts=(0,), keep=lambda scene: False)
+
 
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -391,7 +385,7 @@ def test_the_oracle_leaves_randomness_and_its_input_alone(global_rng_untouched):
         (lambda: shapes.Distribution(opacity=(0.9, 0.5)), "opacity is 0.9"),
         (lambda: shapes.scene("all", 0), "split is 'all'"),
         (lambda: shapes.scene("test", -1), "index is -1"),
-        (lambda: shapes.scene("test", 0, distribution=shapes.Distribution(keep=lambda s: False)), "keep accepts none"),
+        (lambda: shapes.scene("test", 0, distribution=NEVER), "keep accepts none"),
         (lambda: shapes.render(shapes.Scene(()), 16), "size is 16"),
         (lambda: shapes.data("test", size=8), "size is 8"),
         (lambda: shapes.data("test", count=0), "count is 0"),

@@ -537,6 +537,7 @@ def recipe(
     beta: float = 0.5,
     lambda_p: float = 0.1,
     epsilon: float = 0.05,
+    remainder: str = "none",
     seed: int = 0,
 ) -> Recipe:
     """Train an encoder that answers early; the finished model stops by Q-exit.
@@ -551,5 +552,6 @@ def recipe(
         epsilon: of the truncation in training.
         seed: of the exit head's weights.
     """
-    made = convert(model, seed=seed, inplace=True, beta=beta, lambda_p=lambda_p, epsilon=epsilon)
+    settings = {"beta": beta, "lambda_p": lambda_p, "epsilon": epsilon, "remainder": remainder}
+    made = convert(model, seed=seed, inplace=True, **settings)
     return Recipe(model=made, data=data, objective=pondering, finish=lambda _: EarlyExit(made, threshold=threshold))

@@ -28,10 +28,10 @@ from retouch.worlds.shapes.drawing import check_size
 from retouch.worlds.shapes.fitting import PALETTE, Fits, draw, explain, named
 from retouch.worlds.shapes.scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, SHAPES, SIZES, STYLES, Scene, Thing
 
-CHUNK = 8  # images read at once; more do not fit a core's cache
+CHUNK = 2**15  # pixels read at once; more do not fit a core's cache
 TEMPERATURE = 0.02  # share of a thing's energy that an explanation may lack and still be e times less likely
 TOUCHING = 0.85  # share of its energy that must be explained, or else a component may be two things
-BETTER = 0.7  # share of the error beyond noise that another way to cut an image into things may leave to be taken
+BETTER = 0.5  # share of the error beyond noise that another way to cut an image into things may leave to be taken
 MIDDLE = (SIZES["small"] * SIZES["large"]) ** 0.5  # radius between small and large
 VALID, NEAR = 0.8, 0.25  # see `Reading.valid`
 MOST = 6  # things that captions are compared with, the largest ones
@@ -119,7 +119,8 @@ def read(images: Tensor) -> list[Reading]:
     """
     _check_images(images)
     images = images.detach().float().cpu().clamp(0, 1)
-    return [reading for start in range(0, len(images), CHUNK) for reading in _read(images[start : start + CHUNK])]
+    step = max(CHUNK // images[0, 0].numel(), 1) if len(images) else 1
+    return [reading for part in images.split(step) if len(part) for reading in _read(part)]
 
 
 def _check_images(images: Tensor) -> None:
