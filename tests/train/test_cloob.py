@@ -372,6 +372,35 @@ def test_dropping_tau_changes_gradients_by_its_inverse():
     torch.testing.assert_close(gradient(scale_by_tau=False), 30.0 * gradient())
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_more_directions_of_the_embedding_are_used_than_with_infonce(seed):
+    draw = seeded(seed)
+    cause = torch.randn(1000, 16, generator=draw) * torch.logspace(0.5, -0.7, 16)  # some much plainer than others
+    images, texts = (cause @ torch.randn(16, 40, generator=draw) for _ in range(2))
+    data = TensorData({"images": images, "texts": texts})
+
+    class Towers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = (nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(2))
+
+        def forward(self, images, texts):
+            return self.one(images), self.two(texts)
+
+    def info_nce(model, batch, run):
+        return info_nce_loss(*embeddings_of(model(**batch)), inv_tau=14.3)
+
+    def rank(objective):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Towers()
+        fit(model, data, objective, steps=150, batch_size=128, seed=seed)
+        with torch.no_grad():
+            return effective_rank(embeddings_of(model(images, texts))[0])
+
+    assert rank(CLOOB()) > rank(info_nce)
+
+
 # --- several processes ----------------------------------------------------------------------------------------------
 
 

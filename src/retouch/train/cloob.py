@@ -8,18 +8,20 @@ one step of a modern Hopfield network; the retrieved ones are then contrasted by
     loss      = L(H(X; X), H(Y; X)) + L(H(Y; Y), H(X; Y))
 
 InfoNCE stops learning from a pair that is told apart already, by whichever feature does it first, and neglects the
-others; InfoLOOB does not saturate, but alone it overfits, which the retrieval holds down. Use it to train two towers
-(image and text, audio and text, two views) on pairs with many features in common. Not for tiny batches, whose memory
-and negatives are the batch, nor at inference: zero-shot classification is by the cosine of plain embeddings, as CLIP's.
+others; InfoLOOB does not saturate, but alone it overfits in the paper's runs, which the retrieval holds down. Use it to
+train two towers (image and text, audio and text, two views) on many noisy pairs with many features in common; on few
+clean ones InfoLOOB alone may do better. Not for tiny batches, whose memory and negatives are the batch, nor at
+inference: zero-shot classification is by the cosine of plain embeddings, as CLIP's.
 
-Paper: arXiv 2110.11316. Code: ml-jku/cloob. Where they part: the code multiplies by tau, so that the
-gradient does not grow with inv_tau, and that is followed (`scale_by_tau`). It puts -1000 on the diagonal before the
-log-sum-exp, which is right up to similarities of that size; here it is -inf. In its second term texts are anchors and
-image embeddings that texts retrieve their partners, over whose rows the negatives run, as here.
+Paper: arXiv 2110.11316. Code: ml-jku/cloob. Where they part: the code multiplies by tau, so that the gradient does not
+grow with inv_tau, and that is followed (`scale_by_tau`). It puts -1000 on the diagonal before the log-sum-exp, which is
+right up to similarities of that size; here it is -inf. In its second term texts are the anchors, and what images
+retrieve from texts are the partners, over whose rows the negatives run, as here.
 
-Cost: six products of N x N against InfoNCE's one, little next to the towers. Limits: a learned inv_tau drifts upwards
-without end under InfoLOOB, so it is fixed by default and bounded. All of the batch is memory: over several processes it
-is gathered, and what other processes embed is constant, as in the code.
+Cost: six products of N x N against InfoNCE's one, little next to the towers. Limits: embeddings that all point one way
+retrieve one and the same, and stay at a loss of 2 tau log(N - 1); a lower learning rate or a larger beta gets away from
+there. A learned inv_tau drifts upwards without end under InfoLOOB, so it is fixed by default and bounded. All of the
+batch is memory: over several processes it is gathered, and what other processes embed is constant, as in the code.
 """
 
 import math
