@@ -61,7 +61,7 @@ INTERPOLATE = "interpolate_pos_encoding"  # what transformers calls the argument
 
 
 def low_frequency_crop(images: Tensor, bandwidth: int | tuple[int, int]) -> Tensor:
-    """Images of the lowest frequencies alone, at the size that these need (section 4.1).
+    """Images of the lowest frequencies alone, at the size that these need.
 
     Args:
         images: (batch, channel, height, width), floating; further dimensions before the last two may follow.
@@ -127,7 +127,7 @@ class CurriculumStage(NamedTuple):
 def efficient_train_curriculum(
     resolution: int = 224, *, multiple: int = 1, preset: Literal["iccv", "plusplus_deit"] = "iccv"
 ) -> list[CurriculumStage]:
-    """The stages for images of a given size (table 3).
+    """The stages for images of a given size.
 
     Args:
         resolution: side of the images in pixels; the last stage's bandwidth.

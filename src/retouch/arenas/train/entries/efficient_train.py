@@ -33,7 +33,6 @@ ENTRY = Entry(
             other="plain",
             relation="at most",
             factor=0.72,
-            source="table 4",
         ),
         Claim(
             text="Its test error is within 1.5 points of that of training at full size.",
@@ -42,7 +41,6 @@ ENTRY = Entry(
             other="plain",
             relation="within",
             margin=1.5,
-            source="table 4",
         ),
         Claim(
             text="Its test error is no higher than that of plain training with as much compute.",
@@ -50,7 +48,6 @@ ENTRY = Entry(
             measure="error",
             other="short",
             relation="at most",
-            source="figure 7",
         ),
         Claim(
             text="It reaches an error of 2% in less time than plain training.",
