@@ -689,6 +689,7 @@ from accelerate import Accelerator
 from torch import nn
 from retouch.core.loop import fit
 torch.set_num_threads(1)
+torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
 x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 y = x[:, :3].argmax(1)

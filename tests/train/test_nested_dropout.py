@@ -550,23 +550,39 @@ def test_one_network_is_no_pair():
 # --- the study ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_under_noise_nested_dropout_memorises_less_than_dropout_and_both_beat_plain_training():
-    from retouch.arenas.contest import Terms, mean
-    from retouch.arenas.train.entries import nested_dropout as entry
-    from retouch.arenas.train.tasks import noise20, noise40
+def study(**entries):
+    """Test error and share of wrong labels learnt of each entry, on one replica with 40% wrong labels."""
+    from retouch.arenas.contest import Terms
+    from retouch.arenas.train.tasks import noise40
     from retouch.arenas.training import TrainProblem, measure
 
     problem = TrainProblem(noise40.TASK, Terms(replicas=1))
-    replica = problem.replica(0)
-    solutions = {
-        "plain": replica.train(),
-        "dropout": noise20.dropout(replica, p=0.5),
-        "nested": entry.solve(replica, std=5.0),
-    }
-    values = {name: measure(problem, [solution]) for name, solution in solutions.items()}
-    error = {name: mean(row["error"]) for name, row in values.items()}
-    memorised = {name: mean(row["memorised"]) for name, row in values.items()}
-    assert error["nested"] < error["plain"]  # by how much is for more than one seed: the arena
-    assert error["dropout"] < error["plain"]
-    assert memorised["nested"] < memorised["dropout"] - 20 <= memorised["plain"]
+    values = {name: measure(problem, [solve(problem.replica(0))]) for name, solve in entries.items()}
+    return [{name: row[which][0] for name, row in values.items()} for which in ("error", "memorised")]
+
+
+@pytest.mark.slow
+def test_under_noise_it_memorises_less_than_dropout_and_beats_plain_training():
+    from retouch.arenas.train.entries import nested_dropout as entry
+    from retouch.arenas.train.tasks import noise20
+
+    error, memorised = study(
+        plain=lambda replica: replica.train(),
+        dropout=lambda replica: noise20.dropout(replica, p=0.5),
+        nested=lambda replica: entry.solve(replica, std=5.0),
+    )
+    assert error["nested"] < error["plain"]
+    assert error["dropout"] < error["plain"] - 1
+    assert memorised["nested"] < memorised["dropout"] - 20
+
+
+@pytest.mark.slow
+def test_co_teaching_from_nested_networks_beats_co_teaching_from_plain_ones():
+    from retouch.arenas.train.entries import nested_co_teaching as entry
+    from retouch.arenas.train.tasks import noise20
+
+    error, _ = study(
+        plain=lambda replica: noise20.plain_co_teaching(replica, forget_rate=0.4, rate=0.01, epochs=10),
+        nested=lambda replica: entry.solve(replica, std=10.0, forget_rate=0.4, rate=0.01, epochs=10),
+    )
+    assert error["nested"] < error["plain"] - 5

@@ -1,6 +1,7 @@
 """PALBERT: exit probabilities in closed form, exits that equal the loop over examples, and encoders taken apart."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -592,7 +593,7 @@ def test_study_exits_follow_difficulty():
     from retouch.arenas.train.entries.palbert import solve
     from retouch.arenas.train.tasks.depth import DRAWS, TASK, Exits, QExits, judge, sampled
 
-    replica = TrainProblem(TASK, Terms(replicas=1)).replica(0)
+    replica = TrainProblem(dataclasses.replace(TASK, steps=400), Terms(replicas=1)).replica(0)
     ours = solve(replica)
     found = judge(ours.model, replica.split)
     others = [judge(QExits(ours.model.model, q).eval(), replica.split)["layers"] for q in (0.3, 0.7, 0.9)]

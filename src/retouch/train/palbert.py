@@ -16,7 +16,8 @@ Paper: arXiv 2204.03276. Code: tinkoff-ai/palbert. Where they part, the code is 
 used up, p_l is the constant epsilon / L, and what is left over is given to no layer, so that p sums to 0.96 to 1.03
 (`remainder="last"` is PonderNet's); the divergence is KL(prior || p), which keeps some probability wherever the prior
 has some, also late, and PonderNet's is the other one (`direction`). For "expectation" the code weights the last layer
-by 1 - p_L, taken for a slip: here it is what is left over.
+by 1 - p_L, taken for a slip: here it is what is left over. Train new weights with `remainder="last"`: otherwise not to
+stop costs nothing, and while answers are bad the network learns never to stop instead of learning to answer.
 
 Cost: one small head a layer in training, which runs all layers (or until all rows are past 1 - epsilon); at inference
 the layers used, since finished rows leave the batch. Limits: one head for all layers; in training over several
@@ -550,8 +551,9 @@ def recipe(
         beta: weight of the divergence from the prior.
         lambda_p: of the prior; 1 / lambda_p layers on average, if there are many.
         epsilon: of the truncation in training.
+        remainder: what is left of the exit probability goes to no layer (none), or to the last: for new weights.
         seed: of the exit head's weights.
     """
-    settings = {"beta": beta, "lambda_p": lambda_p, "epsilon": epsilon, "remainder": remainder}
+    settings: dict[str, Any] = {"beta": beta, "lambda_p": lambda_p, "epsilon": epsilon, "remainder": remainder}
     made = convert(model, seed=seed, inplace=True, **settings)
     return Recipe(model=made, data=data, objective=pondering, finish=lambda _: EarlyExit(made, threshold=threshold))

@@ -1,8 +1,10 @@
 """What stands out from the background of an image, in pieces: the first half of reading it.
 
-background(images)          median colour of the frame, and how noisy the plain parts are
-components(difference)      connected pieces of what differs from it
-cut(...)                    a patch of pixels around each, for `fitting`
+    background(images)          median colour of the frame, and how noisy the plain parts are
+    components(difference)      connected pieces of what differs from it
+    cut(...)                    a patch of pixels around each, for `fitting`
+
+Where a piece cannot be explained as one thing, `parted`, `by_colour` and `uncovered` are three ways to cut it further.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,8 +48,8 @@ class Components:
 
 def background(images: Tensor) -> tuple[Tensor, Tensor]:
     """Colour (n, 3) of images (n, 3, h, w), and the standard deviation around it in its plain parts (n,)."""
-    sides = images[:, :, :2].flatten(2), images[:, :, -2:].flatten(2), images[..., :2].flatten(2), images[..., -2:]
-    middle = torch.cat([*sides[:3], sides[3].flatten(2)], 2).median(2).values
+    sides = images[:, :, :2], images[:, :, -2:], images[..., :2], images[..., -2:]
+    middle = torch.cat([side.flatten(2) for side in sides], 2).median(2).values
     plain = ((images - middle[:, :, None, None]).square().sum(1) < PLAIN**2).float()
     count = plain.sum((1, 2)).clamp(min=1)
     colour = torch.einsum("nchw,nhw->nc", images, plain) / count[:, None]

@@ -137,9 +137,7 @@ def explain(patches: Patches) -> tuple[Fits, Tensor]:
 
 def draw(patches: Patches, fits: Fits) -> Tensor:
     """The drawings themselves, as differences from the background (m, 3, p, p)."""
-    u, v = _axes(patches, fits.patch, fits.place)
-    border = reach(fits.shape, u, v, fits.place[:, 2])
-    drawn = _Drawn(patches, fits.patch, fits.shape, fits.style, fits.place, border, u, v)
+    drawn = _Drawn(patches, fits.patch, fits.shape, fits.style, fits.place)
     return torch.einsum("mlhw,mlc->mchw", drawn.maps, drawn.mixture)
 
 
@@ -161,20 +159,17 @@ def _rough(patches: Patches) -> Fits:
     y = (top + bottom) / 2 - (south - north) / 2 * radius
     place = torch.stack([x, y, radius, torch.full_like(x, BLUR)], -1).flatten(0, 1)
     patch, shape = torch.cartesian_prod(torch.arange(len(patches)), torch.arange(len(SHAPES))).T
-    u, v = _axes(patches, patch, place)
-    border = reach(shape, u, v, place[:, 2])
+    border = reach(shape, *_axes(patches, patch, place), place[:, 2])
     again = torch.arange(len(patch)).repeat_interleave(len(STYLES))  # a shape's border serves all styles
     style = torch.arange(len(STYLES)).repeat(len(patch))
-    return _Drawn(patches, patch[again], shape[again], style, place[again], border[again], u[again], v[again]).fits
+    return _Drawn(patches, patch[again], shape[again], style, place[again], border[again]).fits
 
 
 def _refine(patches: Patches, fits: Fits, steps: int) -> Fits:
     """Each drawing at the best of the places that some steps of Gauss-Newton lead to from where it was."""
     best, now = fits, fits
     for step in range(steps + 1):
-        u, v = _axes(patches, now.patch, now.place)
-        border = reach(now.shape, u, v, now.place[:, 2])
-        drawn = _Drawn(patches, now.patch, now.shape, now.style, now.place, border, u, v)
+        drawn = _Drawn(patches, now.patch, now.shape, now.style, now.place)
         best = best.better(drawn.fits)
         if step < steps:
             now = replace(now, place=drawn.next_place())
@@ -202,16 +197,16 @@ class _Drawn:
         shape: Tensor,
         style: Tensor,
         place: Tensor,
-        border: Tensor,
-        u: Tensor,
-        v: Tensor,
+        border: Tensor | None = None,
     ) -> None:
-        self.u, self.v, self.limits = u, v, (SMALLEST * patches.size, LARGEST * patches.size)
-        alpha, shade, gloss = paint(border, style, u, v, place[:, 2], patches.size)
+        self.limits = SMALLEST * patches.size, LARGEST * patches.size
+        self.u, self.v = _axes(patches, patch, place)
+        border = reach(shape, self.u, self.v, place[:, 2]) if border is None else border
+        alpha, shade, gloss = paint(border, style, self.u, self.v, place[:, 2], patches.size)
         maps = torch.stack([alpha * shade * (1 - gloss), alpha, alpha * gloss], 1)
-        self.keep = patches.weight[patch][:, None]
-        self.change = (smooth(maps) - maps).mul_(self.keep)
-        self.maps = maps.mul_(self.keep).addcmul_(self.change, place[:, 3].view(-1, 1, 1, 1))
+        keep = patches.weight[patch][:, None]
+        self.change = (smooth(maps) - maps).mul_(keep)
+        self.maps = maps.mul_(keep).addcmul_(self.change, place[:, 3].view(-1, 1, 1, 1))
         self.pixels = patches.pixels[patch].flatten(2).mT  # (m, p * p, 3)
         flat = self.maps.flatten(2)
         own, seen = flat @ flat.mT, flat @ self.pixels  # (m, 3, 3): of maps with maps, and of maps with channels

@@ -152,7 +152,9 @@ def _read(images: Tensor) -> list[Reading]:
             excess = new_error.square() - part[2].square()
             better = excess < BETTER * (error[rows].square() - part[2].square())
             for j in better.nonzero()[:, 0].tolist():
-                seen[int(rows[j])], error[rows[j]] = new_seen[j], new_error[j]
+                i = int(rows[j])
+                if _worst(new_seen[j]) > _worst(seen[i]):
+                    seen[i], error[i] = new_seen[j], new_error[j]
     far = torch.cdist(colour, torch.tensor(list(BACKGROUNDS.values())))
     scores = (-far.square() / 0.02).softmax(1)
     return [
@@ -166,6 +168,10 @@ def _read(images: Tensor) -> list[Reading]:
         )
         for i in range(len(difference))
     ]
+
+
+def _worst(things: list[Seen]) -> float:
+    return min((thing.explained for thing in things), default=0.0)
 
 
 def _explain(

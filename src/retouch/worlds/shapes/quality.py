@@ -4,10 +4,24 @@
     worn(images, ...)                   blurred, shifted in colour, noisy, compressed
     measure(size, count)                the table below
 
-Shares of things (of scenes for count and background) that are read right, in percent, over 1000 scenes of the test
-split; `place` is the mean distance of the read centre from the true one, in pixels:
+Shares of things (of scenes for count, background and valid) that are read right, in percent, over 1000 scenes of the
+test split; `place` is the mean distance of the centre that is read from the true one, in pixels:
 
-TABLE
+    size  wear              count  background  shape  colour   size  style  valid  place
+      64  clean             100.0       100.0  100.0   100.0  100.0  100.0  100.0  0.001
+      64  noise             100.0       100.0  100.0   100.0  100.0  100.0  100.0  0.02
+      64  noise and JPEG    100.0       100.0  100.0   100.0  100.0   99.9   99.7  0.05
+      64  blur              100.0       100.0  100.0   100.0  100.0  100.0  100.0  0.01
+      32  clean             100.0       100.0  100.0   100.0  100.0  100.0  100.0  0.01
+      32  noise             100.0       100.0  100.0   100.0  100.0  100.0  100.0  0.03
+      32  noise and JPEG     99.1       100.0   94.7    99.6   99.8   98.5   86.9  0.09
+      32  blur              100.0       100.0   98.9   100.0  100.0   99.9   99.9  0.03
+
+JPEG halves the resolution of colours, which at 32 pixels leaves a small thing three of them; its shape is then guessed
+from brightness alone. Two things of different colours that touch are told apart in all of 100 noisy images of 64 pixels
+and in 95 of 100 of 32; two of the same colour in 83 and 84.
+
+Speed on one core of a busy machine: 95 images a second at 64 pixels, 250 at 32; drawing them takes 3000 and 8000.
 """
 
 import io

@@ -21,6 +21,7 @@ ENTRY = Entry(
     name="mixup_kd",
     title="Mixup distillation",
     solve=solve,
+    settings={"": {"mix_fraction": 0.5}},
     grid={"mix_fraction": (0.1, 0.5, 1.0), "beta": (0.2, 0.4, 1.0)},
     problems=("digits", "cnn_vit", "vit_mlp", "few", "noisy", NAME),
     note="gamma 0.1, alpha 0.9; calibration and entropy are of the logits as they are, whose size the loss leaves open",

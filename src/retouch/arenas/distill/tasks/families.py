@@ -15,7 +15,7 @@ from retouch.arenas.distill import Replica, Solution
 from retouch.arenas.distill.tasks._pairs import draw, kl, task, taught
 from retouch.core import seeds
 from retouch.core.batches import in_order
-from retouch.core.distillation import Distillation
+from retouch.core.distillation import Distillation, answered
 from retouch.core.features import capture
 from retouch.core.metrics.similarity import linear_cka
 from retouch.core.models import mode, predict
@@ -109,7 +109,8 @@ def through_exits(
     seed = seeds.derive(replica.seed, "exits")
     settings: dict[str, Any] = {"gamma": gamma, "weights": (w_gt, w_kd, w_ofa), "temperature": temperature}
     model = OFADistiller(whole, teacher, stages, 10, seed=seed, **settings).build(inputs)
-    return replica.train(model, objective=model.objective, finish=lambda trained: product, own=own)
+    data = answered(replica.split.train, teacher)
+    return replica.train(model, data, model.objective, finish=lambda trained: product, own=own)
 
 
 # --- what the two teachers do -----------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def kin(replica: Replica) -> Teacher:
 
 def by_kl(replica: Replica, teacher: Teacher, **own: Any) -> Solution:
     """Classic distillation from either teacher."""
-    return replica.train(objective=Distillation(teacher, kl), **own)
+    return replica.train(data=answered(replica.split.train, teacher), objective=Distillation(None, kl), **own)
 
 
 def beside(replica: Replica, teacher: Teacher) -> Callable[[nn.Module], dict[str, float]]:
