@@ -8,8 +8,9 @@ import torch
 import transformers
 from test_cli import write_images
 
+from retouch.arenas import training
 from retouch.cli import main as cli
-from retouch.core.checkpoints import load_model
+from retouch.core.checkpoints import load_model, load_tensors
 from retouch.core.models import predict
 from retouch.worlds import WEIGHTS, digits
 
@@ -86,6 +87,20 @@ def test_a_stopped_run_goes_on(retouch, tmp_path, monkeypatch):
     assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
+def test_what_trains_no_classifier_runs_on_its_world(retouch, tmp_path, monkeypatch):
+    train = training.Replica.train
+    monkeypatch.setattr(training.Replica, "train", lambda self, *a, **k: train(self, *a, **{**k, "steps": 3}))
+    threads = torch.get_num_threads()
+    code, said, err = retouch("train", "aem", "--problem", "bags", "--out", tmp_path / "out", "--threads", threads)
+    assert code == 0, err
+    evidence = json.loads((tmp_path / "out" / "evidence.json").read_text())
+    assert set(evidence["rows"]) == {"plain", "aem"}
+    assert evidence["words"][0] in said and "AUC (%): plain training" in said
+    assert "on bags" in (tmp_path / "out" / "report.html").read_text()
+    assert load_tensors(tmp_path / "out" / "model.safetensors")
+    assert "--problem" in retouch("train", "cloob", "--help")[1]
+
+
 def test_help_has_the_shared_options_once(retouch):
     code, out, _ = retouch("train", "rs2", "--help")
     assert code == 0
@@ -102,6 +117,8 @@ def test_help_has_the_shared_options_once(retouch):
         (["cutmix", "--data", "nowhere"], "There is no data at nowhere"),
         (["cutmix", "--model", "nowhere"], "There is no model at nowhere"),
         (["rs2", "--fraction", "0.0001"], "fraction is 0.0001, but must give at least one"),
+        (["aem", "--model", "digits/cnn"], "aem does not train an ordinary image classifier and takes no --model"),
+        (["aem", "--problem", "bag"], "--problem is bag, but must be one of bags, more_bags. Did you mean bags"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(retouch, tmp_path, arguments, words):

@@ -10,6 +10,9 @@ from retouch.report.plots import bars, scatter
 from retouch.report.tables import claim_numbers, leaderboard, mean_and_error, number, print_leaderboards
 
 
+SETTINGS = {"lr": 0.01, "kind": "dense", "scaled": True, "steps": 3}
+
+
 @pytest.fixture
 def evidence():
     def row(title, kind, gap, **more):
@@ -61,7 +64,7 @@ def evidence():
                 "claims": [claim, failed],
                 "rows": {
                     "worse": row("worse", "baseline", [5.0, 6.0, 7.0]),
-                    "ours": row("ours", "technique", [1.0, 2.0, 3.0], answers=answers, settings={"lr": 0.01}, note="n"),
+                    "ours": row("ours", "technique", [1.0, 2.0, 3.0], answers=answers, settings=SETTINGS, note="n"),
                     "again": row("again", "oracle", [0.5, 0.5, 0.5], answers=answers),
                     "before": row("before", "original", [9.0, 9.0, 9.0]),
                 },
@@ -128,7 +131,7 @@ def test_leaderboard_is_ordered_with_the_oracle_on_top(evidence):
     assert [line.name for line in board.lines] == ["again", "before", "ours", "worse"]
     assert [name for name, _ in board.columns] == ["gap", "forget"]
     assert (board.lines[2].cells[0].text, board.lines[2].cells[0].error) == ("2.0", "0.6")
-    assert board.lines[2].note == "lr 0.01; n"
+    assert board.lines[2].note == "lr 0.01, kind dense, scaled True, steps 3; n"
     evidence["measures"]["gap"]["better"] = "high"
     assert [line.name for line in leaderboard(evidence, "p").lines][2:] == ["worse", "ours"]
 

@@ -474,6 +474,24 @@ def test_trains_a_real_vit(tiny_vit, digits_small, loss, project):
     assert not torch.equal(predict(model, in_order(digits_small.test)), before)
 
 
+def test_the_recipe_gives_adam_a_small_eps_where_it_projects(digits_small):
+    seen = []
+
+    class Note(Callback):
+        def on_step(self, run):
+            seen.append(run.optimizer.param_groups[0]["eps"])
+
+    for settings in ({}, {"optimizer_eps": 1e-12}, {"project": False}):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        recipe(net, digits_small.train, **settings).fit(steps=1, batch_size=32, callbacks=[Note()])
+    assert seen == [1e-25, 1e-12, 1e-8]
+    with pytest.raises(InputError, match="optimizer_eps is -1"):
+        ProjectGradients(optimizer_eps=-1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    plan = recipe(net, digits_small.train)
+    plan.fit(steps=1, batch_size=32, optimizer=lambda p: SGD(p, lr=0.1))  # has no eps
+
+
 def test_the_recipe_without_both_is_plain_training(tiny_vit, digits_small):
     one, two = tiny_vit, copy.deepcopy(tiny_vit)
     recipe(one, digits_small.train, project=False).fit(steps=2, batch_size=32)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from retouch.cli import training
+from retouch.cli import on_world, training
 from retouch.core.cards import Card, find
 from retouch.core.errors import InputError
 
@@ -34,6 +34,9 @@ def run(arguments: Sequence[str]) -> None:
     name, *rest = arguments
     card = find(name, "distill")
     recipe = training.recipe_of(card)
+    if recipe is None:
+        on_world.run(card, rest)
+        return
     from retouch.cli.options import parse
 
     text = f"{card.title}: {card.line}"

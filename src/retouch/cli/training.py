@@ -61,15 +61,9 @@ def usage(room: str) -> str:
     return "\n".join([*lines, "", f"retouch {room} TECHNIQUE --help lists the options of each."])
 
 
-def recipe_of(card: Card) -> "Callable[..., Recipe]":
-    """How the technique trains an ordinary classifier, if it does."""
-    recipe = getattr(importlib.import_module(card.module), "recipe", None)
-    if recipe is None:
-        raise InputError(
-            f"{card.name} does not train an ordinary image classifier; it is used from Python, see retouch show "
-            f"{card.name}, and measured by retouch bench {card.room}"
-        )
-    return recipe
+def recipe_of(card: Card) -> "Callable[..., Recipe] | None":
+    """How the technique trains an ordinary classifier, if it does; else it runs `on_world`."""
+    return getattr(importlib.import_module(card.module), "recipe", None)
 
 
 def start_of(source: "ModelSource", budget: Budget) -> "nn.Module":

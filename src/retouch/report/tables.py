@@ -76,10 +76,14 @@ def leaderboard(evidence: Evidence, problem: str) -> Leaderboard:
             mean, error = mean_and_error(row["values"].get(measure_name, []))
             digits = measure["digits"]
             cells.append(Cell(number(mean, digits), number(error, digits) if math.isfinite(error) else ""))
-        settings = ", ".join(f"{key} {value:g}" for key, value in row.get("settings", {}).items())
+        settings = ", ".join(f"{key} {_setting(value)}" for key, value in row.get("settings", {}).items())
         note = "; ".join(part for part in (settings, row.get("note", "")) if part)
         lines.append(Line(name, row["title"], row["kind"], note, cells))
     return Leaderboard(columns, lines)
+
+
+def _setting(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _finite(values: Sequence[float]) -> bool:

@@ -332,6 +332,7 @@ class ProjectGradients(Callback):
         eps: added to denominators.
         filter: parameter -> whether it is projected.
         min_sine: see `perp_gradient`.
+        optimizer_eps: the eps of Adam and its like is set to this; left as it is if None.
     """
 
     def __init__(
@@ -341,13 +342,20 @@ class ProjectGradients(Callback):
         eps: float = 1e-30,
         filter: Callable[[Tensor], bool] | None = None,
         min_sine: float | None = None,
+        optimizer_eps: float | None = None,
     ) -> None:
         _check_projection(eps, min_sine)
+        if optimizer_eps is not None:
+            in_range("optimizer_eps", optimizer_eps, 0)
         self.settings: dict[str, Any] = {"rescale": rescale, "eps": eps, "filter": filter, "min_sine": min_sine}
+        self.optimizer_eps = optimizer_eps
 
     def on_start(self, run: Run) -> None:
         if run.accelerator.distributed_type == "FSDP":
             raise InputError("The model is sharded (FSDP), but must be whole on each device to project its gradients")
+        for group in run.optimizer.param_groups if self.optimizer_eps is not None else ():
+            if "eps" in group:
+                group["eps"] = self.optimizer_eps
 
     def on_gradients(self, run: Run) -> None:
         project_gradients_(run.module.parameters(), **self.settings)
@@ -392,6 +400,7 @@ def recipe(
     project: bool = True,
     rescale: bool = True,
     min_sine: float | None = None,
+    optimizer_eps: float = 1e-25,
 ) -> Recipe:
     """Train a classifier with PerpGrad, StableMax or both.
 
@@ -403,11 +412,13 @@ def recipe(
         project: take the direction that scales the weights out of the gradients.
         rescale: each projected gradient to the norm that it had.
         min_sine: gradients whose sine with their weight is smaller become zero; rounding alone if left out.
+        optimizer_eps: of Adam, where gradients are projected.
     """
     one_of("loss", loss, ("cross_entropy", "stablemax"))
+    projection = ProjectGradients(rescale=rescale, min_sine=min_sine, optimizer_eps=optimizer_eps)
     return Recipe(
         model=model,
         data=data,
         objective=cross_entropy if loss == "cross_entropy" else stablemax_loss,
-        callbacks=[ProjectGradients(rescale=rescale, min_sine=min_sine)] if project else [],
+        callbacks=[projection] if project else [],
     )
