@@ -92,7 +92,8 @@ def carry_out(
     from retouch.arenas.contest import Terms
     from retouch.report.request import weights_digest
 
-    posed, rows, solution = arena.prepare(problem, Terms(replicas=1)), {}, None
+    posed, solution = arena.prepare(problem, Terms(replicas=1)), None
+    rows: dict[str, Any] = {}
     originals = [other for other in arena.entries() if other.kind == "original"] if plain else []
     for one in (*originals, entry):
         start = time.perf_counter()
