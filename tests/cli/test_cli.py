@@ -221,7 +221,7 @@ def test_what_is_wrong_is_said_in_one_sentence_and_nothing_is_written(retouch, t
     ("arguments", "words"),
     [
         (["lst"], "Did you mean list"),
-        (["guide", "pag"], "The room guide is still empty"),
+        (["edit", "spm"], "The room edit is still empty"),
         (
             ["forget", "ssd", "--forget", "label=1", "--data", "modular"],
             "The world modular is of numbers, but must be one of images: digits",

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from retouch.core.errors import InputError, nearest, one_of
 from retouch.core.models import first_tensor
 
-KINDS = ("self", "cross", "joint", "any")
+KINDS = ("self", "cross", "joint", "image", "any")
 PROJECTIONS = ("to_q", "to_qkv", "q_proj", "query", "c_attn", "q", "qkv", "qkv_proj")  # as the libraries name them
 
 BRANCHES: ContextVar[tuple[str, ...]] = ContextVar("BRANCHES", default=())  # what the parts of the batch are
@@ -56,6 +56,8 @@ class AttentionCall:
         layer: name of the module.
         kind: "self", "cross", or "joint" for image and text tokens in one sequence.
         grid: (height, width) that the queries of self and cross attention lie on, or None if they are no grid.
+        image: where the image's tokens are among those of joint attention, or None if that is not known; all of them
+            elsewhere.
         branches: names of the equal parts of the batch, in order, such as ("uncond", "cond"); () if not known.
         step: the noise level, inside of a denoiser.
         original: computes attention; of this call unless given other parts, as in `call.original(value=other)`.
@@ -70,6 +72,7 @@ class AttentionCall:
     layer: str
     kind: str
     grid: tuple[int, int] | None
+    image: slice | None
     branches: tuple[str, ...]
     step: Any
     _compute: Callable[["AttentionCall"], Tensor] = field(repr=False)
@@ -112,15 +115,16 @@ def attention_layers(model: nn.Module, kind: str = "any") -> dict[str, nn.Module
 
     Args:
         model: of diffusers or transformers.
-        kind: "self", "cross", "joint" or "any".
+        kind: "self", "cross", "joint", "image" for self or joint (where image tokens see each other), or "any".
     """
     one_of("kind", kind, KINDS)
+    wanted = {"any": ("self", "cross", "joint"), "image": ("self", "joint")}.get(kind, (kind,))
     found = {
         name: module
         for name, module in model.named_modules()
         if any(hasattr(module, projection) for projection in PROJECTIONS) and not isinstance(module, nn.Linear)
     }
-    return {name: module for name, module in found.items() if kind in ("any", kind_of(name, module))}
+    return {name: module for name, module in found.items() if kind_of(name, module) in wanted}
 
 
 def kind_of(name: str, module: nn.Module) -> str:
@@ -175,9 +179,9 @@ def branches(names: Sequence[str], step: Any = None) -> Iterator[None]:
 class _TakeOver(TorchFunctionMode):
     """While it is on, attention goes through the edit."""
 
-    def __init__(self, edit: Edit, layer: str, kind: str, image: tuple[int, int] | None, note: Callable[[], None]):
+    def __init__(self, edit: Edit, note: Callable[[], None], pixels: tuple[int, int] | None, **told: Any) -> None:
         super().__init__()
-        self.edit, self.layer, self.kind, self.image, self.note = edit, layer, kind, image, note
+        self.edit, self.note, self.pixels, self.told = edit, note, pixels, told
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -217,9 +221,8 @@ class _TakeOver(TorchFunctionMode):
             mask=attn_mask,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
             causal=is_causal,
-            layer=self.layer,
-            kind=self.kind,
-            grid=None if self.kind == "joint" else _grid(query.shape[-2], self.image),
+            grid=None if self.told["kind"] == "joint" else _grid(query.shape[-2], self.pixels),
+            **self.told,
             branches=BRANCHES.get(),
             step=STEP.get(),
             _compute=compute,
@@ -227,12 +230,23 @@ class _TakeOver(TorchFunctionMode):
         return self.edit(call)
 
 
-def _grid(tokens: int, image: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Height and width of so many tokens of an image, if they are its pixels at some lower resolution."""
-    if image is None:
+def _image_of(module: nn.Module, kind: str, args: Any, kwargs: Any) -> slice | None:
+    """The image's tokens: SD3 has them first, Flux last; Flux's single blocks do not tell."""
+    if kind != "joint":
+        return slice(None)
+    text = kwargs.get("encoder_hidden_states")
+    if text is None:
         return None
-    shrink = math.sqrt(image[0] * image[1] / tokens)
-    height, width = round(image[0] / shrink), round(image[1] / shrink)
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    return slice(text.shape[1], None) if "Flux" in type(module).__name__ else slice(0, hidden.shape[1])
+
+
+def _grid(tokens: int, pixels: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width of so many tokens of an image, if they are its pixels at some lower resolution."""
+    if pixels is None:
+        return None
+    shrink = math.sqrt(pixels[0] * pixels[1] / tokens)
+    height, width = round(pixels[0] / shrink), round(pixels[1] / shrink)
     return (height, width) if height * width == tokens else None
 
 
@@ -246,7 +260,7 @@ def edit_attention(
         model: of diffusers or transformers.
         function: takes an `AttentionCall` and gives attention (batch, heads, queries, dim).
         layers: patterns of their names, see `select_layers`.
-        kind: of attention: "self", "cross", "joint" or "any".
+        kind: of attention, see `attention_layers`.
 
     Yields:
         Names of the chosen layers.
@@ -255,21 +269,22 @@ def edit_attention(
         InputError: if a pattern matches nothing, or a layer ran without the function that is taken over.
     """
     chosen = select_layers(model, layers, kind)
-    image: list[tuple[int, int] | None] = [None]
+    pixels: list[tuple[int, int] | None] = [None]
     ran: dict[str, bool] = {}
     running: list[_TakeOver] = []
 
     def look(_module: nn.Module, args: Any, kwargs: Any) -> None:
         sample = first_tensor((args, kwargs))
-        image[0] = tuple(sample.shape[-2:]) if sample is not None and sample.ndim == 4 else None  # type: ignore[assignment]
+        pixels[0] = tuple(sample.shape[-2:]) if sample is not None and sample.ndim == 4 else None  # type: ignore[assignment]
 
     def enter(name: str, own_kind: str) -> Callable[..., None]:
-        def pre(_module: nn.Module, _args: Any, kwargs: Any) -> None:
-            now = own_kind
-            if own_kind == "self" and kwargs.get("encoder_hidden_states") is not None:
-                now = "cross"
+        def pre(module: nn.Module, args: Any, kwargs: Any) -> None:
+            told = kwargs.get("encoder_hidden_states") is not None
+            now = "cross" if own_kind == "self" and told else own_kind
             ran.setdefault(name, False)
-            mode = _TakeOver(function, name, now, image[0], lambda: ran.update({name: True}))
+            image = _image_of(module, now, args, kwargs)
+            note = lambda: ran.update({name: True})  # noqa: E731
+            mode = _TakeOver(function, note, pixels[0], layer=name, kind=now, image=image)
             mode.__enter__()
             running.append(mode)
 
@@ -293,6 +308,19 @@ def edit_attention(
             f"The layer {silent[0]} does not compute attention by scaled_dot_product_attention: load the model with "
             "attn_implementation='sdpa'"
         )
+
+
+@contextmanager
+def taken_over(function: Edit, *, layer: str, kind: str, branches: Sequence[str] = ()) -> Iterator[None]:
+    """Let a function compute whatever attention runs inside the block: for one layer that is called by hand."""
+    names = tuple(branches) or BRANCHES.get()
+    mode = _TakeOver(function, lambda: None, None, layer=layer, kind=kind, image=slice(None))
+    token = BRANCHES.set(names)
+    try:
+        with mode:
+            yield
+    finally:
+        BRANCHES.reset(token)
 
 
 @contextmanager

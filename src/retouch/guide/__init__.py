@@ -1,1 +1,24 @@
-"""Steer a diffusion model while it samples."""
+"""Steer a diffusion model while it samples.
+
+The room's contract: `technique(**hyper) -> Guidance`, added to others and handed to our sampler or attached to a
+pipeline of diffusers:
+
+    images = sample(denoiser, noise, "a red circle", guidance=cfgpp(0.6) + pag(3.0))
+    with retouch.guide.attach(pipe, pag(3.0)):
+        pipe("a red circle")
+
+Techniques that change the model or the latents instead are context managers or hooks of `core.diffusion.sampling`.
+"""
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retouch.core.diffusion.guidance import Guidance, Sum
+
+
+def attach(pipeline: Any, guidance: "Guidance | Sum") -> AbstractContextManager[Any]:
+    """Let a guidance steer a pipeline of diffusers inside a block; see `core.diffusion.attach`."""
+    from retouch.core.diffusion.attach import attach as attached
+
+    return attached(pipeline, guidance)
