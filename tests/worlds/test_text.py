@@ -386,7 +386,7 @@ def test_models_are_transformers_models_with_their_tokenizer(llama):
         assert torch.isfinite(model(**inputs).logits).all()
         assert tokenizer.get_vocab() == text.tokenizer().get_vocab()
         total += sum(file.stat().st_size for file in folder.iterdir())
-    assert total < 4.6e6
+    assert total < 5.5e6
     prompt = KNOWN.questions("test")[0].prompt
     inputs = text.tokenizer()(prompt, return_tensors="pt")
     written = llama.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]

@@ -44,12 +44,12 @@ def new_llama(*, width: int = 128, layers: int = 4, **settings: Any) -> nn.Modul
 
 
 def new_encoder(
-    *, width: int = 64, layers: int = 4, labels: Sequence[str] = ("false", "true"), **settings: Any
+    *, width: int = 128, layers: int = 2, labels: Sequence[str] = ("false", "true"), **settings: Any
 ) -> nn.Module:
     """An untrained `BertForSequenceClassification` for this world's tokens; it reads the class off <bos>.
 
     Args:
-        width: of the hidden states; heads have 16.
+        width: of the hidden states; heads have 32.
         layers: how many.
         labels: names of the classes.
         settings: further ones of `BertConfig`.
@@ -60,9 +60,9 @@ def new_encoder(
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // 16),
+        "num_attention_heads": max(1, width // 32),
         "max_position_embeddings": 128,
-        "initializer_range": width**-0.5,
+        "initializer_range": 0.03,  # from larger weights it learns its texts by heart instead of what they say
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "id2label": dict(enumerate(labels)),
@@ -147,7 +147,8 @@ class Recipe:
 
 RECIPES = {
     "llama": Recipe(new_llama, next_token, 8, 2e-3),
-    "encoder": Recipe(new_encoder, cross_entropy, 12, 2e-3),
+    # Strong decay, for the same reason: at 0.01 it judges 65% of what is held out right, with it 95%.
+    "encoder": Recipe(new_encoder, cross_entropy, 24, 1.5e-3, decay=1.0, batch_size=64),
 }
 
 
