@@ -10,9 +10,9 @@ from test_cli import write_images
 
 from retouch.cli import main as cli
 from retouch.core.checkpoints import load_model
-from retouch.worlds import WEIGHTS, digits
+from retouch.worlds import WEIGHTS, digits, text
 
-VIT = WEIGHTS / "digits-vit"
+VIT, ENCODER = WEIGHTS / "digits-vit", WEIGHTS / "text-encoder"
 
 
 @pytest.fixture
@@ -55,6 +55,67 @@ def test_a_users_vit_teaches_another_on_images(retouch, tmp_path):
     assert code == 0, err
     assert transformers.ViTForImageClassification.from_pretrained(out).config.hidden_size == 16
     transformers.AutoImageProcessor.from_pretrained(out)
+
+
+def write_claims(path, count=120):
+    """Statements of the world `text`, true or false, as a table."""
+    claims = text.claims("train", "facts")[:count]
+    lines = [json.dumps({"text": claim.text, "label": "true" if claim.true else "false"}) for claim in claims]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def small_reader(folder, **settings):
+    config = transformers.BertConfig.from_pretrained(
+        ENCODER, num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2, **settings
+    )
+    with torch.random.fork_rng():
+        transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    text.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_users_bert_teaches_a_smaller_one_on_texts(retouch, tmp_path):
+    claims, student, out = write_claims(tmp_path / "claims.jsonl"), small_reader(tmp_path / "student"), tmp_path / "out"
+    arguments = ["--teacher", ENCODER, "--student", student, "--data", claims, "--test", claims, "--epochs", "2"]
+    code, _, err = retouch("distill", "sinkd", *arguments, "--out", out)
+    assert code == 0, err
+    evidence = json.loads((out / "evidence.json").read_text())
+    assert evidence["rows"]["teacher"]["values"]["test"][0] > 85
+    assert transformers.BertForSequenceClassification.from_pretrained(out).config.hidden_size == 16
+    assert transformers.AutoTokenizer.from_pretrained(out).get_vocab() == text.tokenizer().get_vocab()
+    code, _, err = retouch(
+        "train",
+        "multi_sample_dropout",
+        "--model",
+        out,
+        "--data",
+        claims,
+        "--epochs",
+        "1",
+        "--no-plain",
+        "--out",
+        tmp_path / "again",
+    )
+    assert code == 0, err
+
+
+def test_readers_must_fit_together(retouch, tmp_path):
+    claims, student = write_claims(tmp_path / "claims.jsonl", 20), small_reader(tmp_path / "student")
+    out = ["--data", claims, "--out", tmp_path / "out"]
+    code, _, err = retouch("distill", "sinkd", "--teacher", VIT, "--student", student, *out)
+    assert code == 2 and "must both be classifiers of texts with their tokenizers, or both of images" in err
+    other = json.loads((student / "tokenizer.json").read_text())
+    other["model"]["vocab"]["zebra"] = len(other["model"]["vocab"])
+    (tmp_path / "other").mkdir()
+    for file in student.iterdir():
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(other))
+    code, _, err = retouch("distill", "sinkd", "--teacher", tmp_path / "other", "--student", student, *out)
+    assert code == 2 and "must have the same vocabulary" in err
+    code, _, err = retouch("forget", "ssd", "--model", ENCODER, "--data", claims, "--forget", "label=true")
+    assert code == 2 and "reads texts, but retouch forget takes classifiers of images" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_teacher_of_other_classes_is_refused(retouch, tmp_path):

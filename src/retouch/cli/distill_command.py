@@ -16,7 +16,8 @@ class Shared(training.Budget):
     """What every lesson needs to know.
 
     Args:
-        teacher: folder of an image classifier saved with save_pretrained, or an embedded one such as digits/vit.
+        teacher: folder of a classifier of images or of texts (ForSequenceClassification, with its tokenizer) saved with
+            save_pretrained, or an embedded one such as digits/vit.
         student: likewise; one of a world is trained from new weights.
         out: new folder for the student, evidence.json and report.html.
     """
@@ -57,7 +58,9 @@ def distill(card: Card, recipe: Callable[..., Any], shared: Shared, options: dic
         name: getattr(shared, name) for name in ("batch_size", "seed") if name in inspect.signature(recipe).parameters
     }
     with atomic_folder(shared.out) as folder:
-        source, teacher = sources.load_model_source(shared.student), sources.load_model_source(shared.teacher).model
+        source, teaching = sources.load_model_source(shared.student), sources.load_model_source(shared.teacher)
+        sources.check_tokenizers(source, teaching)
+        teacher = teaching.model
         data, parts = training.load_data(shared, source)
         try:
             classes = count_classes(teacher, in_order(data.data, 1))

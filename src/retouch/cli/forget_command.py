@@ -79,6 +79,10 @@ def forget(card: Card, technique: Callable[..., Any], shared: Shared, options: d
 
     with atomic_folder(shared.out) as folder:
         source = sources.load_model_source(shared.model)
+        if source.tokenizer is not None:
+            raise InputError(
+                f"--model {shared.model} reads texts, but retouch forget takes classifiers of images so far"
+            )
         data = sources.load_data_source(shared.data, source)
         sources.check_fit(source, data)
         rows = sources.rows_to_forget(shared.forget, data)

@@ -16,24 +16,27 @@ from retouch.core.errors import InputError, nearest
 from retouch.core.images import LabelledImages, held_in_memory, load_images
 from retouch.core.models import count_classes
 from retouch.core.pictures import png_address
+from retouch.core.texts import load_texts
 from retouch.worlds import names, world
 
-PROCESSOR = "preprocessor_config.json"
+PROCESSOR, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
 
 
 @dataclass
 class ModelSource:
-    """A classifier, what turns images into its inputs, and where it is from.
+    """A classifier, what turns images or texts into its inputs, and where it is from.
 
     Attributes:
         model: in eval mode.
         processor: image processor, or None if it has none.
+        tokenizer: of a classifier of texts.
         label2id: the model's names of its classes, or None if it has none of its own.
         world: (world, variant) of an embedded model.
     """
 
     model: nn.Module
     processor: Any = None
+    tokenizer: Any = None
     label2id: dict[str, int] | None = None
     world: tuple[str, str] | None = None
 
@@ -46,8 +49,9 @@ class ModelSource:
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write a changed model in the format that this one came in."""
         save_model(model, folder)
-        if self.processor is not None:
-            self.processor.save_pretrained(folder)
+        for part in (self.processor, self.tokenizer):
+            if part is not None:
+                part.save_pretrained(folder)
 
 
 @dataclass
@@ -104,17 +108,20 @@ def load_model_source(name: str) -> ModelSource:
                 f"{nearest(variant, module.VARIANTS)}"
             )
         labels = {label: number for number, label in enumerate(module.CLASSES)}
-        return ModelSource(module.reference(variant), module.image_processor(), labels, (where, variant))
+        return ModelSource(module.reference(variant), module.image_processor(), None, labels, (where, variant))
     if not Path(name).exists():
         raise InputError(f"There is no model at {name}, and no world of that name (worlds: {', '.join(names())})")
     model = load_model(name)
     processor = None
     if (Path(name) / PROCESSOR).exists():
         processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=True)
+    tokenizer = None
+    if type(model).__name__.endswith("ForSequenceClassification") and (Path(name) / TOKENIZER).exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
     own = getattr(getattr(model, "config", None), "label2id", None)
     if own and all(label.startswith("LABEL_") for label in own):
         own = None  # names that transformers makes up where none are given
-    return ModelSource(model, processor, own)
+    return ModelSource(model, processor, tokenizer, own)
 
 
 def load_data_source(name: str, source: ModelSource, *, split: str = "train") -> DataSource:
@@ -124,6 +131,10 @@ def load_data_source(name: str, source: ModelSource, *, split: str = "train") ->
         return DataSource(module.data(split), module.CLASSES, None, name)
     if not Path(name).exists():
         raise InputError(f"There is no data at {name}, and no world of that name (worlds: {', '.join(names())})")
+    if source.tokenizer is not None:
+        longest = getattr(getattr(source.model, "config", None), "max_position_embeddings", 512)
+        texts = load_texts(name, source.tokenizer, source.label2id, max_length=longest)
+        return DataSource(texts, texts.classes)
     if source.processor is None:
         raise InputError(f"The model has no image processor ({PROCESSOR}), which is needed to read images from {name}")
     images = load_images(name, source.processor, source.label2id)
@@ -144,6 +155,20 @@ def check_fit(source: ModelSource, data: DataSource) -> None:
         raise InputError(
             f"The model tells {classes} classes apart, but the data has {max(len(data.classes), highest)}: "
             f"{', '.join(data.classes[:12])}{', ...' if len(data.classes) > 12 else ''}"
+        )
+
+
+def check_tokenizers(student: ModelSource, teacher: ModelSource) -> None:
+    """Raise unless two classifiers of texts read the same tokens."""
+    if (student.tokenizer is None) != (teacher.tokenizer is None):
+        raise InputError(
+            "Student and teacher must both be classifiers of texts with their tokenizers, or both of images"
+        )
+    if student.tokenizer is not None and student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        sizes = len(student.tokenizer), len(teacher.tokenizer)
+        raise InputError(
+            f"The tokenizers of student and teacher have {sizes[0]} and {sizes[1]} tokens and differ, but must have "
+            "the same vocabulary"
         )
 
 

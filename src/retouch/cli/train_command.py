@@ -1,4 +1,4 @@
-"""`retouch train TECHNIQUE`: train an image classifier with a technique of the room, beside plain training."""
+"""`retouch train TECHNIQUE`: train a classifier with a technique of the room, beside plain training."""
 
 import dataclasses
 import inspect
@@ -15,8 +15,8 @@ class Shared(training.Budget):
     """What every training run needs to know.
 
     Args:
-        model: folder of an image classifier saved with save_pretrained, or an embedded one such as digits/cnn; one of a
-            world is trained from new weights.
+        model: folder of a classifier of images or of texts (ForSequenceClassification, with its tokenizer) saved with
+            save_pretrained, or an embedded one such as digits/cnn; one of a world is trained from new weights.
         out: new folder for the trained model, evidence.json and report.html.
     """
 

@@ -22,8 +22,8 @@ class Budget:
     """Data and budget of a training run.
 
     Args:
-        data: the training data: a folder with a subfolder of images for each class, parquet files, a folder of
-            datasets.save_to_disk, or an embedded world.
+        data: the training data: a folder with a subfolder of images for each class, a .csv or .jsonl of texts and
+            labels, parquet files, a folder of datasets.save_to_disk, or an embedded world.
         test: held-out data of the same kinds; that of the world if the data is a world's.
         validation: data that a technique may choose by; a tenth of the training data is kept apart for it if left out.
         from_scratch: give a model from a folder new weights first.

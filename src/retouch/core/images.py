@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from retouch.core.data import TensorData, in_memory
 from retouch.core.errors import InputError
+from retouch.core.labelled import Ids, class_ids, class_names, column_of_labels, is_table, read_table, targets_of
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 Processor = Callable[..., Any]  # transformers image processor
@@ -63,7 +64,7 @@ class LabelledImages(Dataset[Any]):
         return isinstance(mean, list | tuple) and len(mean) == 1
 
 
-def load_images(path: str | Path, processor: Processor, label2id: dict[str, int] | None = None) -> LabelledImages:
+def load_images(path: str | Path, processor: Processor, label2id: Ids | None = None) -> LabelledImages:
     """Read labelled images.
 
     Args:
@@ -79,35 +80,16 @@ def load_images(path: str | Path, processor: Processor, label2id: dict[str, int]
         raise InputError(f"There is no data at {path}")
     if path.is_file() and path.suffix != ".parquet":
         raise InputError(f"{path} is a {path.suffix or 'plain'} file, but data must be a folder of images or parquet")
-    tables = [path] if path.is_file() else sorted(path.glob("*.parquet"))
-    if tables or (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _from_datasets(path, tables, processor, label2id)
+    if is_table(path):
+        return _from_table(path, processor, label2id)
     return _from_folder(path, processor, label2id)
 
 
-def _ids(names: Sequence[str], label2id: dict[str, int] | None) -> dict[str, int]:
-    """Class ids by name: the model's if it knows these names, their order if it knows none of them."""
-    unknown = [name for name in names if name not in (label2id or {})]
-    if label2id and not unknown:
-        return {name: int(label2id[name]) for name in names}
-    if len(unknown) < len(names):
-        raise InputError(f"The data has the classes {', '.join(unknown)}, which the model does not know")
-    return {name: number for number, name in enumerate(names)}
-
-
-def _class_names(ids: dict[str, int], label2id: dict[str, int] | None) -> list[str]:
-    """Names by id: the data's own, and the model's for classes that the data lacks."""
-    named = {number: name for name, number in ids.items()}
-    if label2id and set(ids) <= set(label2id):
-        named = {number: name for name, number in label2id.items()}
-    return [named.get(number, str(number)) for number in range(max(named) + 1)]
-
-
-def _from_folder(path: Path, processor: Processor, label2id: dict[str, int] | None) -> LabelledImages:
+def _from_folder(path: Path, processor: Processor, label2id: Ids | None) -> LabelledImages:
     names = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{path} has no subfolders, but must have one for each class, with that class's images")
-    ids, files = _ids(names, label2id), []
+    ids, files = class_ids(names, label2id), []
     for name in names:
         found = sorted(f for f in (path / name).rglob("*") if f.suffix.lower() in SUFFIXES)
         if not found:
@@ -120,43 +102,18 @@ def _from_folder(path: Path, processor: Processor, label2id: dict[str, int] | No
         return Image.open(files[index][0])
 
     targets = [target for _, target in files]
-    return LabelledImages(open_image, targets, _class_names(ids, label2id), processor, lambda i: str(files[i][0]))
+    return LabelledImages(open_image, targets, class_names(ids, label2id), processor, lambda i: str(files[i][0]))
 
 
-def _from_datasets(
-    path: Path, tables: list[Path], processor: Processor, label2id: dict[str, int] | None
-) -> LabelledImages:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(f"{path} needs the package datasets: pip install 'retouch[datasets]'") from None
+def _from_table(path: Path, processor: Processor, label2id: Ids | None) -> LabelledImages:
+    rows = read_table(path)
+    import datasets
 
-    if tables:
-        rows = datasets.Dataset.from_parquet([str(table) for table in tables])
-    else:
-        rows = datasets.load_from_disk(str(path))
-        if isinstance(rows, datasets.DatasetDict):
-            if "train" not in rows:
-                raise InputError(
-                    f"{path} has the splits {', '.join(rows)}, but must have one called train, or give one"
-                )
-            rows = rows["train"]
     image = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-    label = next((name for name in ("label", "labels", "target", "class") if name in rows.features), None)
+    label, names = column_of_labels(rows)
     if image is None or label is None:
         raise InputError(f"{path} has the columns {', '.join(rows.features)}, but must have an image and a label")
-    kind, column = rows.features[label], rows[label]
-    if isinstance(kind, datasets.ClassLabel):
-        names = list(kind.names)
-        ids = _ids(names, label2id)
-        targets, classes = [ids[names[value]] for value in column], _class_names(ids, label2id)
-    elif kind.dtype == "string":
-        ids = _ids(sorted(set(column)), label2id)
-        targets, classes = [ids[value] for value in column], _class_names(ids, label2id)
-    else:
-        targets = [int(value) for value in column]
-        known = {number: name for name, number in (label2id or {}).items()}
-        classes = [known.get(number, str(number)) for number in range(max(targets) + 1)]
+    targets, classes = targets_of(list(rows[label]), names, label2id)
     return LabelledImages(lambda i: rows[i][image], targets, classes, processor, lambda i: f"Row {i} of {path}")
 
 
