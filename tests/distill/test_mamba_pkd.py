@@ -12,6 +12,7 @@ from retouch.core.batches import in_order
 from retouch.core.data import TensorData
 from retouch.core.errors import InputError
 from retouch.core.loop import Checkpoint, fit
+from retouch.core.metrics.compute import forward_flops
 from retouch.core.models import predict
 from retouch.distill.mamba_pkd import (
     PKD,
@@ -20,7 +21,6 @@ from retouch.distill.mamba_pkd import (
     ProgressiveEnsemble,
     SelectiveSSM,
     adamw,
-    forward_flops,
     gap_weights,
     pkd_loss,
     selective_scan,

@@ -24,8 +24,9 @@ from retouch.core import seeds
 from retouch.core.batches import in_order
 from retouch.core.data import labels_of
 from retouch.core.loop import Callback, OptimizerChoice, Run, SchedulerChoice, fit
+from retouch.core.metrics.compute import forward_flops
 from retouch.core.metrics.unlearning import accuracy
-from retouch.core.models import predict
+from retouch.core.models import predict, unpack
 from retouch.core.objectives import Losses, cross_entropy
 from retouch.core.teachers import Teacher
 
@@ -295,7 +296,7 @@ def against_teacher(problem: TrainProblem, number: int, model: nn.Module) -> dic
     teacher, test = problem.replica(number).teacher.model, problem.split(number).test
     both = [predict(one, in_order(test)).argmax(-1) for one in (model, teacher)]
     sizes = [sum(p.numel() for p in one.parameters()) for one in (model, teacher)]
-    work = [forward_flops(one, test) for one in (model, teacher)]
+    work = [sample_flops(one, test) for one in (model, teacher)]
     return {
         "agreement": 100.0 * float((both[0] == both[1]).double().mean()),
         "size": 100.0 * sizes[0] / sizes[1],
@@ -303,14 +304,9 @@ def against_teacher(problem: TrainProblem, number: int, model: nn.Module) -> dic
     }
 
 
-def forward_flops(model: nn.Module, data: Any) -> int:
-    """Floating point operations of one sample's forward pass, in eval mode."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    batch = next(iter(in_order(data, 1)))
-    with FlopCounterMode(display=False) as counter:
-        predict(model, [batch])
-    return counter.get_total_flops()
+def sample_flops(model: nn.Module, data: Any) -> int:
+    """Operations of one sample's forward pass, in eval mode."""
+    return forward_flops(model, unpack(next(iter(in_order(data, 1))))[0])
 
 
 def derive(rows: dict[str, Any]) -> None:

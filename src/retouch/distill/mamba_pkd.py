@@ -43,6 +43,7 @@ from retouch.core.data import TensorData, in_memory, labels_of
 from retouch.core.distillation import check_pair
 from retouch.core.errors import InputError, in_range, one_of, positive
 from retouch.core.loop import Checkpoint, fit
+from retouch.core.metrics.compute import forward_flops
 from retouch.core.models import (
     Batch,
     device_of,
@@ -203,9 +204,9 @@ class SelectiveSSM(nn.Module):
         out = selective_scan(a, delta, -self.A_log.to(wide).exp(), B, C, self.D, z=gate, chunk=self.chunk)
         return self.out_proj(out)
 
-    def scan_flops(self, length: int) -> int:
-        """Operations of one sequence's scan and gate: 7 a state and 4 a channel, at every position."""
-        return length * self.D.numel() * (7 * self.state_dim + 4)
+    def own_flops(self, tokens: Tensor) -> int:
+        """Operations of the scans and gates of a batch: 7 a state and 4 a channel, at every position."""
+        return len(tokens) * tokens.shape[1] * self.D.numel() * (7 * self.state_dim + 4)
 
 
 class MambaBlock(nn.Module):
@@ -364,29 +365,6 @@ def gap_weights(ensemble_logits: Tensor, teacher_logits: Tensor, *, temperature:
 
 
 # --- the ensemble ---------------------------------------------------------------------------------------------------
-
-
-def forward_flops(model: nn.Module, inputs: Any) -> int:
-    """Operations of a forward pass in eval mode: 2 a multiplication and addition, and the scans of `SelectiveSSM`.
-
-    Activations, norms and the scans of other libraries' Mamba are not counted.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    scans = 0
-
-    def count(module: Any, args: Any, output: Any) -> None:
-        nonlocal scans
-        scans += len(args[0]) * module.scan_flops(args[0].shape[1])
-
-    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, SelectiveSSM)]
-    try:
-        with torch.no_grad(), mode(model, training=False), FlopCounterMode(display=False) as counter:
-            forward(model, to_device(inputs, device_of(model)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return counter.get_total_flops() + scans
 
 
 class Anytime(NamedTuple):

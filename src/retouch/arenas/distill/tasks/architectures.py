@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from retouch.arenas.contest import Claim, Entry, Measure
 from retouch.arenas.distill import Replica, Solution, Split, Task, TrainProblem, classification_error
 from retouch.arenas.distill.tasks._pairs import TAUGHT, draw, kl, one_cycle
-from retouch.arenas.training import classification_measures, forward_flops
+from retouch.arenas.training import classification_measures, sample_flops
 from retouch.core import seeds
 from retouch.core.data import concat, subset
 from retouch.core.distillation import Distillation, answered
@@ -241,7 +241,7 @@ def parameters(replica: Replica) -> list[float]:
 
 def flops(replica: Replica) -> list[float]:
     """Operations of a forward pass."""
-    return [forward_flops(built(replica, arch), replica.split.test) for arch in SPACE]
+    return [sample_flops(built(replica, arch), replica.split.test) for arch in SPACE]
 
 
 def any_student(replica: Replica) -> list[float]:

@@ -104,8 +104,9 @@ def specialists(replica: Replica) -> nn.Module:
         rows = whole.targets[:, group[0]].nonzero()[:, 0]  # type: ignore[index]
         own = TensorData(whole.inputs[rows], whole.targets[rows][:, group])  # type: ignore[index]
         with seeds.isolated(seeds.derive(replica.seed, "specialist", number)):
-            model = nn.Sequential(backbone(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, EACH))
-            nn.init.constant_(model[-1].bias, -3.0)
+            head = nn.Linear(WIDTH, EACH)
+            nn.init.constant_(head.bias, -3.0)
+            model = nn.Sequential(backbone(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), head)
         models.append(replica.train(model, own, steps=300, error=lambda _: 100.0).model)
     return Specialists(models)
 

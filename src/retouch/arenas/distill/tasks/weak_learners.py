@@ -19,6 +19,7 @@ from retouch.core import seeds
 from retouch.core.batches import in_order
 from retouch.core.data import labels_of
 from retouch.core.distillation import answered
+from retouch.core.metrics.compute import forward_flops
 from retouch.core.models import predict
 from retouch.distill.mamba_pkd import (
     PKD,
@@ -26,7 +27,6 @@ from retouch.distill.mamba_pkd import (
     ProgressiveDistiller,
     ProgressiveEnsemble,
     adamw,
-    forward_flops,
 )
 from retouch.worlds.digits import DigitsCNN
 
