@@ -11,7 +11,7 @@ DOCS = Path(__file__).parent
 
 summary = [
     "* [retouch](index.md)",
-    "* [From zero](guide.md)",
+    "* [From zero](start.md)",
     *(f"* [{room.capitalize()}]({room}.md)" for room in ROOMS if (DOCS / f"{room}.md").exists()),
     "* [Adding a technique](adding.md)",
 ]

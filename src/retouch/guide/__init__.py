@@ -8,6 +8,8 @@ pipeline of diffusers:
         pipe("a red circle")
 
 Techniques that change the model or the latents instead are context managers or hooks of `core.diffusion.sampling`.
+A technique that needs no more than a prompt also has `steer(denoiser, prompt, **hyper) -> Steering`, which puts its
+parts together: that is what `retouch guide NAME` runs.
 """
 
 from contextlib import AbstractContextManager

@@ -34,6 +34,7 @@ from retouch.core.diffusion.denoiser import Denoiser, Prediction
 from retouch.core.diffusion.guidance import Guidance, difference
 from retouch.core.diffusion.process import Level
 from retouch.core.diffusion.sampling import invert, sample
+from retouch.core.diffusion.steering import Steering
 from retouch.core.errors import InputError, in_range, positive
 
 CARD = Card(
@@ -240,6 +241,18 @@ def cfgpp(scale: float = 0.6, *, reference_steps: int | None = None, beyond: boo
         return difference(found["cond"], found["uncond"], strength - 1)
 
     return Guidance(name="cfgpp", branches={"uncond": "uncond"}, change=change, renoise="uncond")
+
+
+def steer(denoiser: Denoiser, prompt: str, *, scale: float = 0.6, reference_steps: int | None = None) -> Steering:
+    """Sample with CFG++ in place of classifier-free guidance.
+
+    Args:
+        denoiser: model and noise levels.
+        prompt: not used.
+        scale: lam, 0 (unconditional) to 1.
+        reference_steps: keep the strength that the scale has with so many steps, whatever their number.
+    """
+    return Steering(guidance=cfgpp(scale, reference_steps=reference_steps))
 
 
 class CFGPlusPlus:

@@ -32,7 +32,9 @@ from torch import Tensor, nn
 
 from retouch.core.attention import AttentionCall, branches, edit_attention, select_layers, taken_over
 from retouch.core.cards import Card
+from retouch.core.diffusion.denoiser import Denoiser
 from retouch.core.diffusion.guidance import AttentionEdit, Guidance, difference
+from retouch.core.diffusion.steering import Steering
 from retouch.core.errors import InputError, in_range
 
 CARD = Card(
@@ -182,6 +184,22 @@ def pag(scale: float = 3.0, layers: str | Sequence[str] = "mid", *, adaptive_sca
         change=change,
         edits=(AttentionEdit(function=perturb, layers=patterns, kind="image"),),
     )
+
+
+def steer(
+    denoiser: Denoiser, prompt: str, *, scale: float = 3.0, layers: str = "mid", adaptive_scale: float = 0.0
+) -> Steering:
+    """Sample with perturbed-attention guidance on top of classifier-free guidance.
+
+    Args:
+        denoiser: model and noise levels.
+        prompt: not used.
+        scale: s.
+        layers: pattern of names of the self-attention layers that are perturbed; "mid" is the middle block.
+        adaptive_scale: lowers the scale by so much a timestep.
+    """
+    select_self_attention(denoiser.model, layers)  # an unknown layer is told of before anything is sampled
+    return Steering(guidance=pag(scale, layers, adaptive_scale=adaptive_scale))
 
 
 class PerturbedSelfAttnProcessor:

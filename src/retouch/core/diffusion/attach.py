@@ -53,8 +53,9 @@ def attach(pipeline: Any, guidance: Guidance | Sum) -> Iterator[Any]:
         stack.callback(network.register_forward_hook(session.narrow).remove)
         stack.callback(network.register_forward_hook(session.forget, always_call=True).remove)
         if session.renoise is not None:
+            outer = vars(scheduler).get("step")  # of another block around this one
             scheduler.step = session.stepping(scheduler.step)
-            stack.callback(lambda: delattr(scheduler, "step"))  # the class's own is seen again
+            stack.callback(lambda: delattr(scheduler, "step") if outer is None else setattr(scheduler, "step", outer))
         yield pipeline
 
 

@@ -97,6 +97,7 @@ class Denoiser:
         encode: texts or labels -> condition.
         decode: x -> images (b, channels, height, width) in 0 to 1.
         null: the condition of the unconditional branch, where it is no encoded "".
+        tokenizer: of the texts, for techniques that look for words in a prompt.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Denoiser:
         encode: Callable[[Sequence[Any]], Condition] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
         null: Condition | None = None,
+        tokenizer: Any = None,
     ) -> None:
         predicts = DIFFUSERS_NAMES.get(predicts, predicts)
         one_of("predicts", predicts, PREDICTS)
@@ -119,6 +121,7 @@ class Denoiser:
         transformer = "Transformer2DModel" in type(model).__name__
         self.call = call or (call_transformer if transformer else call_unet)
         self._encode, self._decode, self._null = encode, decode, null
+        self.tokenizer = tokenizer
         self._joined: tuple[Any, Any] = (None, None)
 
     @classmethod

@@ -29,7 +29,8 @@ def parts_of(pipeline: Any, settings: Mapping[str, Any]) -> Parts:
     if family is None:
         known = ", ".join(f"{words}Pipeline" for words, _ in FAMILIES)
         raise InputError(f"pipeline is a {name}, but must be one of {known}, or made like them")
-    return {"decode": _decoder(pipeline), **family(pipeline, settings)}
+    common = {"decode": _decoder(pipeline), "tokenizer": getattr(pipeline, "tokenizer", None)}
+    return {**common, **family(pipeline, settings)}
 
 
 def network_of(pipeline: Any) -> nn.Module:
@@ -64,7 +65,7 @@ def _check_length(pipeline: Any, texts: Sequence[Any]) -> None:
     if tokenizer is None or "T5" in type(tokenizer).__name__:
         return
     for text in texts:
-        length = len(tokenizer(text).input_ids)
+        length = len(tokenizer(text, verbose=False).input_ids)
         if length > tokenizer.model_max_length:
             raise InputError(
                 f"prompt is {text!r} of {length} tokens, but must have at most {tokenizer.model_max_length} with the "

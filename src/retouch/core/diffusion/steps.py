@@ -12,7 +12,7 @@ higher orders add is a change of x0 along the way.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -86,7 +86,7 @@ def heun(move: Move) -> Tensor:
     end = move.straight
     if there.sigma == 0:
         return end
-    again = move.predict(end, there)
+    again = move.predict(end, replace(there, index=here.index))  # still this step, for windows and the like
     # In x / alpha over sigma / alpha a direction is the noise itself, as it leads from x0.
     start = move.x / here.alpha if here.alpha else None
     width = there.ratio - here.ratio
