@@ -1,11 +1,13 @@
 """Arenas of training techniques: what tasks, replicas and measures do, and a smoke of every task."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from retouch.arenas import training
-from retouch.arenas.contest import Terms, arena
+from retouch.arenas.contest import Entry, Terms, arena
 from retouch.arenas.runner import run
 from retouch.arenas.training import Split, Task, TrainProblem, derive, measure, plain, to_target
 from retouch.core.data import TensorData
@@ -97,6 +99,17 @@ def test_own_measures_finish_and_teachers():
     task = Task(**{**vars(TASK), "teacher": lambda replica: replica.train().model})
     asked = TrainProblem(task, Terms(replicas=1))
     assert asked.replica(0).teacher is asked.replica(0).teacher
+
+
+def test_two_tasks_cannot_have_different_entries_of_one_name():
+    def other(replica):
+        return replica.train(steps=2)
+
+    one = Entry(name="mine", title="mine", solve=plain, problems=("a",))
+    same = training._merged([one, dataclasses.replace(one, problems=("b",))])
+    assert [entry.problems for entry in same] == [("a", "b")]
+    with pytest.raises(ValueError, match="different entries 'mine'"):
+        training._merged([one, dataclasses.replace(one, solve=other, problems=("b",))])
 
 
 TASKS = [(name, task) for name in ("train", "distill") for task in arena(name).problems]

@@ -358,6 +358,10 @@ def _merged(entries: Sequence[Entry]) -> list[Entry]:
     """Entries of one name from several tasks as one entry in all of them."""
     found: dict[str, Entry] = {}
     for entry in entries:
+        other = found.get(entry.name, entry)
+        made = [getattr(one.solve, "__qualname__", None) for one in (other, entry)]
+        if made[0] != made[1]:
+            raise ValueError(f"The tasks {other.problems} and {entry.problems} have different entries {entry.name!r}")
         before = found[entry.name].problems if entry.name in found else ()
         found[entry.name] = dataclasses.replace(entry, problems=(*before, *entry.problems))
     return list(found.values())

@@ -231,8 +231,8 @@ def arms() -> tuple[Entry, ...]:
         entry("redi_slips", "REDI, random slips", weighted, "errors are random", alpha=0.8, rate=LOW, data="slips"),
         entry("dpo", "DPO", dpo, "beta 0.1", rate=LOW),
         entry("simpo", "SimPO", margins, "beta 2, gamma 1", rate=LOW),
-        entry("forward_kl", "forward KL", by_kl, "has a better teacher", loss=forward_kl, rate=HIGH),
-        entry("reverse_kl", "reverse KL", by_kl, "has a better teacher", loss=reverse_kl, rate=HIGH),
+        entry("traces_forward_kl", "forward KL", by_kl, "has a better teacher", loss=forward_kl, rate=HIGH),
+        entry("traces_reverse_kl", "reverse KL", by_kl, "has a better teacher", loss=reverse_kl, rate=HIGH),
     )
 
 
