@@ -88,8 +88,8 @@ def test_bad_parts_are_refused():
     assert Picture(image=None, title="a", group="b").title == "a"
 
 
-# Techniques of diffusion whose arena, `guide`, is not built yet: it needs the trained models of the world `shapes`.
-AWAITING = ("a_star", "cfgpp", "elucd", "mode_interpolation", "pag", "ppap", "sage", "skip_tuning", "t_stitch")
+# Techniques of images, whose problems in the arena `guide` need the trained models of the world `shapes`.
+AWAITING = ("a_star", "pag", "sage", "skip_tuning")
 
 
 def test_every_technique_has_an_arena_entry_and_every_claim_can_be_judged():

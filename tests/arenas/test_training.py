@@ -106,10 +106,10 @@ def test_two_tasks_cannot_have_different_entries_of_one_name():
         return replica.train(steps=2)
 
     one = Entry(name="mine", title="mine", solve=plain, problems=("a",))
-    same = training._merged([one, dataclasses.replace(one, problems=("b",))])
+    same = training.merged([one, dataclasses.replace(one, problems=("b",))])
     assert [entry.problems for entry in same] == [("a", "b")]
     with pytest.raises(ValueError, match="different entries 'mine'"):
-        training._merged([one, dataclasses.replace(one, solve=other, problems=("b",))])
+        training.merged([one, dataclasses.replace(one, solve=other, problems=("b",))])
 
 
 TASKS = [(name, task) for name in ("train", "distill") for task in arena(name).problems]

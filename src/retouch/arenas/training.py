@@ -354,7 +354,7 @@ MEASURES = {
 }
 
 
-def _merged(entries: Sequence[Entry]) -> list[Entry]:
+def merged(entries: Sequence[Entry]) -> list[Entry]:
     """Entries of one name from several tasks as one entry in all of them."""
     found: dict[str, Entry] = {}
     for entry in entries:
@@ -393,7 +393,7 @@ def training_arena(name: str, question: str) -> Arena:
         order="error",
         orders={task.name: task.order for task in found},
         derive=derive,
-        baselines=lambda: (*always, *_merged([entry for task in found for entry in task.baselines])),
+        baselines=lambda: (*always, *merged([entry for task in found for entry in task.baselines])),
         kinds={**KIND_NAMES, "oracle": "teacher", "original": "plain training"},
         plots=tuple(plot for task in found for plot in task.plots),
     )
