@@ -27,7 +27,6 @@ from retouch.distill.pcoreset import (
     k_center_greedy,
     one_per_class,
     pcoreset,
-    warmup_linear,
 )
 
 DRAW = torch.Generator().manual_seed(0)
@@ -382,18 +381,6 @@ def test_defaults_ask_for_as_many_as_there_are_classes(digits_small):
     loop, oracle = active(digits_small.train, initial=None, queries=None, rounds=1)
     assert len(oracle.asked) == 10
     assert len(next(iter(loop)).queried) == 10
-
-
-def test_learning_rates_warm_up_and_go_down():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule, rates = warmup_linear(optimizer, 20), []
-    for _ in range(20):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
-    assert rates[3:] == pytest.approx([k / 18 for k in range(17, 0, -1)])
-    assert optimizer.param_groups[0]["lr"] == 0
 
 
 # --- CLIP -----------------------------------------------------------------------------------------------------------

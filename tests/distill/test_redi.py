@@ -24,7 +24,6 @@ from retouch.distill.redi import (
     pair_logps,
     redi_loss,
     sequence_logps,
-    warm_up_then_down,
 )
 from retouch.worlds import text
 from retouch.worlds.text.models import new_llama
@@ -179,7 +178,10 @@ BAD = {
     "settings": (lambda: REDI(alpha=2.0), r"alpha is 2\.0, but must be at least 0 and at most 1"),
     "drop": (lambda: CollapseGuard(drop=0.0), r"drop is 0\.0, but must be greater than 0"),
     "action": (lambda: CollapseGuard(action="panic"), "action is 'panic', but must be one of 'warn', 'stop'"),
-    "ratio": (lambda: warm_up_then_down(1.0), r"ratio is 1\.0, but must be at least 0 and less than 1"),
+    "ratio": (
+        lambda: REDITrainer(llama(), None, warmup_ratio=1.0),
+        r"ratio is 1\.0, but must be at least 0 and less than 1",
+    ),
     "select": (lambda: build_pairs([], select="last"), "select is 'last', but must be one of 'first', 'random'"),
     "verdicts": (
         lambda: build_pairs([Trace("p", "t", ())]),
@@ -400,18 +402,6 @@ def test_stage_1_is_next_token_cross_entropy(words):
     optimizer = lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=1e-4)  # noqa: E731
     fit(two, encode(words, sft), next_token, epochs=1, optimizer=optimizer, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-
-
-def test_schedule():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    schedule, rates = warm_up_then_down(0.2)(optimizer, 10), []
-    for _ in range(10):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([0.5, 1.0, *((8 - k) / 8 for k in range(8))])
-    assert optimizer.param_groups[0]["lr"] == 0.0
 
 
 # --- the guard ------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from retouch.core.distillation import check_pair, softened_kl
 from retouch.core.errors import InputError, in_range, one_of, positive
 from retouch.core.loop import fit
 from retouch.core.models import Batch, device_of, forward, logits_of, mode, predict, to_device, unpack
+from retouch.core.schedules import warm_up_then_down
 from retouch.core.teachers import Teacher
 
 CARD = Card(
@@ -426,13 +427,6 @@ def one_per_class(labels: Tensor, *, shots: int = 1, seed: int = 0) -> Tensor:
     return torch.cat([order[labels[order] == c][:shots] for c in labels.unique().tolist()])
 
 
-def warmup_linear(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Up to the rate in a tenth of the steps, then down to 0, both in a line."""
-    warm = max(1, steps // 10)
-    rate = lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))  # noqa: E731
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-
-
 class ActiveKD:
     """Rounds of distillation and selection, one record each:
 
@@ -455,7 +449,7 @@ class ActiveKD:
             which may leave classes out.
         steps: of training, each round.
         batch_size: labelled and as many unlabelled samples a step.
-        lr: of AdamW, see `warmup_linear`.
+        lr: of AdamW, which rises over a tenth of the steps and then falls to 0.
         alpha: of `combine_heads`.
         beta: of `combine_heads`.
         seed: of weights, orders and draws.
@@ -547,7 +541,7 @@ class ActiveKD:
             steps=self.steps,
             batch_size=self.batch_size,
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=self.lr),
-            scheduler=warmup_linear,
+            scheduler=warm_up_then_down(0.1),
             seed=seeds.derive(self.seed, "training", self.round),
         )
         return student.eval()

@@ -44,6 +44,7 @@ from retouch.core.errors import InputError, in_range, one_of, positive
 from retouch.core.loop import Callback, History, Run, fit
 from retouch.core.models import Batch, forward, logits_of
 from retouch.core.objectives import next_token
+from retouch.core.schedules import warm_up_then_down
 
 CARD = Card(
     title="REDI: reinforcement distillation",
@@ -370,21 +371,6 @@ class GradientNorm(Callback):
     def on_gradients(self, run: Run) -> None:
         found = [p.grad.detach().float().norm() for p in run.module.parameters() if p.grad is not None]
         run.log(grad_norm=float(torch.stack(found).norm()))
-
-
-def warm_up_then_down(ratio: float) -> Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]:
-    """Scheduler for `fit`: the rate rises linearly over a share of the steps, then falls linearly towards 0."""
-    in_range("ratio", ratio, 0, 1, below=True)
-
-    def scheduler(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        up = math.ceil(ratio * steps)
-
-        def factor(step: int) -> float:
-            return (step + 1) / up if step < up else max(0.0, (steps - step) / max(1, steps - up))
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-    return scheduler
 
 
 class REDITrainer:

@@ -24,8 +24,9 @@ from retouch.core.data import TensorData
 from retouch.core.distillation import Answer, Distillation
 from retouch.core.models import Batch, mode
 from retouch.core.objectives import next_token
+from retouch.core.schedules import warm_up_then_down
 from retouch.core.teachers import Teacher
-from retouch.distill.redi import REDI, Trace, build_pairs, encode, pair_logps, warm_up_then_down
+from retouch.distill.redi import REDI, Trace, build_pairs, encode, pair_logps
 from retouch.worlds.text import arithmetic, reference
 from retouch.worlds.text.models import ByLength, generate, new_llama
 from retouch.worlds.text.tokens import tokenizer
