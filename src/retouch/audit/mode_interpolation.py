@@ -38,8 +38,10 @@ from torch import Tensor
 from retouch.core import seeds
 from retouch.core.cards import Card
 from retouch.core.diffusion.denoiser import Denoiser, Prediction
+from retouch.core.diffusion.findings import Findings
+from retouch.core.diffusion.guidance import cfg
 from retouch.core.diffusion.process import Grid
-from retouch.core.diffusion.sampling import Hook, sample
+from retouch.core.diffusion.sampling import Hook, sample, unit_noise
 from retouch.core.diffusion.steps import Move, Step, ddpm
 from retouch.core.errors import InputError, in_range, one_of, positive
 from retouch.core.models import device_of
@@ -454,6 +456,51 @@ def mode_interpolation(
     recorder = TrajectoryRecorder(window=window, running=True, reduction=reduction)
     samples = sample(denoiser, noise, condition, times=times, step=step, hooks=[*hooks, recorder], **settings)
     return Scored(samples, recorder.scores)
+
+
+def findings(
+    pipeline: Any,
+    prompt: Any,
+    *,
+    count: int = 64,
+    steps: int = 100,
+    window: float = 0.1,
+    keep: float = 0.9,
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+) -> Findings:
+    """Images of a prompt, the most doubtful first.
+
+    Args:
+        pipeline: of diffusers.
+        prompt: text, or a class of DiT.
+        count: images.
+        steps: of DDPM.
+        window: last share of the steps that the score looks at.
+        keep: share of the images, those of the lowest scores, that are called fine.
+        guidance_scale: of classifier-free guidance.
+        seed: of the noise.
+    """
+    in_range("keep", keep, 0, 1)
+    positive("count", count)
+    denoiser, draw = Denoiser.from_pipeline(pipeline), seeds.generator(seed, "findings")
+    noise = unit_noise(denoiser, count, draw)
+    guidance = None if guidance_scale == 1 else cfg(guidance_scale)
+    found = mode_interpolation(denoiser, noise, prompt, window=window, times=steps, guidance=guidance, generator=draw)
+    order = found.scores.argsort(descending=True, stable=True)
+    fine = math.floor(keep * count + 1e-9)
+    rows = [
+        {"image": place, "score": float(found.scores[row]), "noise": int(row), "kept": place >= count - fine}
+        for place, row in enumerate(order.tolist())
+    ]
+    low, high = float(found.scores.min()), float(found.scores.max())
+    words = [
+        f"The predicted x0 still moved by {low:.3g} to {high:.3g} (a variance) in the last {window:.0%} of the steps; "
+        f"{count - fine} of {count} images are above the limit that keeps {keep:.0%}.",
+        "The score has no scale of its own: look at the first images beside the last.",
+    ]
+    images = torch.cat([denoiser.decode(part) for part in found.samples[order.to(found.samples.device)].split(16)])
+    return Findings(images=images, rows=rows, words=words, tensors={"noise": noise[order.to(noise.device)].cpu()})
 
 
 def sampler(

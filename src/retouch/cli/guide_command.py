@@ -13,6 +13,8 @@ from retouch.core.cards import Card, cards, find
 from retouch.core.errors import InputError, in_range, positive
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from retouch.core.diffusion.denoiser import Denoiser
     from retouch.core.diffusion.steering import Steering
 
@@ -120,18 +122,11 @@ def guide(card: Card, steer: Any, shared: Shared, options: dict[str, Any]) -> No
 
 def draw(denoiser: "Denoiser", steering: "Steering", shared: Shared) -> list[Any]:
     """PIL images of the prompt."""
-    import torch
-    from PIL import Image
-
     from retouch.core import seeds
+    from retouch.core.diffusion.sampling import unit_noise
 
-    config: Any = denoiser.model.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = shared.images, config.in_channels, height, width
-    noise = torch.randn(shape, generator=seeds.generator(shared.seed, "noise"))
+    noise = unit_noise(denoiser, shared.images, seeds.generator(shared.seed, "noise"))
     prompt: Any = int(shared.prompt) if shared.prompt.isdigit() else shared.prompt
-    noise = noise.to(next(denoiser.model.parameters()).device)
     x = steering.sample(
         denoiser,
         noise,
@@ -142,8 +137,16 @@ def draw(denoiser: "Denoiser", steering: "Steering", shared: Shared) -> list[Any
         generator=seeds.generator(shared.seed, "sampling"),
         progress=None,
     )
-    images = (255 * denoiser.decode(x).permute(0, 2, 3, 1).cpu()).round().to(torch.uint8).numpy()
-    return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
+    return pil_images(denoiser.decode(x))
+
+
+def pil_images(images: "Tensor") -> list[Any]:
+    """PIL images of (n, channels, h, w) in 0 to 1."""
+    import torch
+    from PIL import Image
+
+    arrays = (255 * images.permute(0, 2, 3, 1).cpu()).round().to(torch.uint8).numpy()
+    return [Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array) for array in arrays]
 
 
 def grid(rows: Sequence[Sequence[Any]], gap: int = 4) -> Any:

@@ -16,7 +16,7 @@ COMMANDS = {
     "demo": "see a digit forgotten, by every technique, in three minutes",
     "worlds": "the embedded worlds: list them, or train their reference models again",
 }
-RUNNABLE = ("forget", "train", "distill", "guide")  # rooms with a command of their own so far
+RUNNABLE = ("forget", "train", "distill", "guide", "audit")  # rooms with a command of their own so far
 
 
 def usage() -> str:

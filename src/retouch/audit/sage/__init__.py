@@ -39,6 +39,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from retouch.audit.sage.classifiers import ImageJudge, load_judges
 from retouch.audit.sage.judging import (
     Classifier,
     FailureReport,
@@ -60,12 +61,14 @@ from retouch.audit.sage.pipeline import PipelineGenerator
 from retouch.audit.sage.prompts import search_prompt
 from retouch.audit.sage.tokens import search_token
 from retouch.core.cards import Card
+from retouch.core.diffusion.findings import Findings
 from retouch.core.errors import InputError, one_of
 
 __all__ = [
     "CARD",
     "FailureRegion",
     "FailureReport",
+    "ImageJudge",
     "PipelineGenerator",
     "Rate",
     "SearchResult",
@@ -151,3 +154,68 @@ def sage(
         raise InputError("language_model or tokenizer is None, but prompts are grown by a language model")
     settings = {"template": prompt, "latents": len(make.z), "held_out": held_out, **settings}
     return search_prompt(make.generate, make.words, language_model, tokenizer, classifiers, label, **settings)
+
+
+def findings(
+    pipeline: Any,
+    prompt: Any,
+    *,
+    classifiers: str = "",
+    label: str = "",
+    count: int = 16,
+    steps: int = 20,
+    iterations: int = 100,
+    step_size: float = 0.05,
+    guidance_scale: float = 7.5,
+    seed: int = 0,
+) -> Findings:
+    """Latents on which a prompt fails, those that are confirmed first.
+
+    Args:
+        pipeline: of diffusers.
+        prompt: text, or a class of DiT.
+        classifiers: folders of image classifiers with their processors, with commas between them; the last one takes
+            no part in the search and confirms what the others see.
+        label: class that images of the prompt should show.
+        count: latents to start from.
+        steps: of DDIM.
+        iterations: of the search, at most.
+        step_size: of one, in norms of the latent.
+        guidance_scale: of classifier-free guidance.
+        seed: of the latents.
+    """
+    judges, number = load_judges(classifiers, label)
+    found = sage(
+        pipeline,
+        prompt,
+        judges,
+        number,
+        latents=count,
+        times=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        steps=iterations,
+        step_size=step_size,
+    )
+    report = found.report
+    order = (report.success.long() * 2 + report.fooled.long()).argsort(descending=True, stable=True)
+    rows = [
+        {
+            "image": place,
+            "success": bool(report.success[row]),
+            "fooled": bool(report.fooled[row]),
+            "confirmed": bool(report.verdicts[-1][row]),
+            "failed from the start": bool(report.base_failed[row]),
+            "natural": bool(report.natural[row]),
+        }
+        for place, row in enumerate(order.tolist())
+    ]
+    words = [
+        f"{int(report.success.sum())} of {count} latents were turned into failures that the classifier that was held "
+        f"out confirms; {int(report.base_failed.sum())} failed from the start. The search made {found.generations} "
+        "images.",
+        "A classifier is no oracle: look at the first images.",
+    ]
+    return Findings(
+        images=found.images[order], rows=rows, words=words, tensors={"latents": found.inputs[order].detach().cpu()}
+    )

@@ -44,6 +44,21 @@ class Hook:
         return x
 
 
+def unit_noise(denoiser: Denoiser, count: int, generator: torch.Generator) -> Tensor:
+    """Noise to sample from (count, channels, height, width), in the size that the model was made for.
+
+    Raises:
+        InputError: if the model does not say what that is.
+    """
+    config: Any = getattr(denoiser.model, "config", None)
+    channels, size = getattr(config, "in_channels", None), getattr(config, "sample_size", None)
+    if channels is None or size is None:
+        raise InputError(f"The model {type(denoiser.model).__name__} does not tell its size: give noise instead")
+    height, width = (size, size) if isinstance(size, int) else size
+    drawn = torch.randn(count, channels, height, width, generator=generator)
+    return drawn.to(next(denoiser.model.parameters()).device)
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
