@@ -9,7 +9,6 @@ from retouch.report.page import arenas_page, request_page
 from retouch.report.plots import bars, scatter
 from retouch.report.tables import claim_numbers, leaderboard, mean_and_error, number, print_leaderboards
 
-
 SETTINGS = {"lr": 0.01, "kind": "dense", "scaled": True, "steps": 3}
 
 
