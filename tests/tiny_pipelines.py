@@ -234,5 +234,35 @@ def flux():
     )
 
 
+def pixart():
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    transformer = made(
+        lambda: PixArtTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=8,
+            use_additional_conditions=False,
+        )
+    )
+    t5 = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return quiet(
+        PixArtAlphaPipeline(
+            tokenizer=tokenizer(),
+            text_encoder=made(lambda: T5EncoderModel(t5)),
+            vae=vae(),
+            transformer=transformer,
+            scheduler=DPMSolverMultistepScheduler(),
+        )
+    )
+
+
 def latents(count=2, channels=4, size=8, seed=0):
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))

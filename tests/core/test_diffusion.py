@@ -95,6 +95,16 @@ def test_other_families():
         ours = denoiser.decode(sample(denoiser, noise, labels, times=5, guidance=cfg(4.0)))
         close(ours, torch.tensor(theirs).permute(0, 3, 1, 2))
 
+    pixart = tiny.pixart()
+    call = {"height": 8, "width": 8, "use_resolution_binning": False, "output_type": "latent"}
+    theirs = pixart(PROMPTS, negative_prompt=["gray", ""], **call, **settings).images
+    denoiser = Denoiser.from_pipeline(pixart)
+    close(sample(denoiser, Z, PROMPTS, negative=["gray", ""], times=5, step=dpmpp_2m, guidance=cfg(4.0)), theirs)
+    both = cfg(4.0) + perturb(1.0)
+    with attach(pixart, both):
+        theirs = pixart(PROMPTS, negative_prompt=["gray", ""], **call, **settings).images
+    close(sample(denoiser, Z, PROMPTS, negative=["gray", ""], times=5, step=dpmpp_2m, guidance=both), theirs)
+
     flux = tiny.flux()
     packed = flux._pack_latents(Z, 2, 4, 8, 8)
     call = {"num_inference_steps": 5, "latents": packed, "height": 8, "width": 8, "output_type": "latent"}
