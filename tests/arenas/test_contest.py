@@ -88,8 +88,8 @@ def test_bad_parts_are_refused():
     assert Picture(image=None, title="a", group="b").title == "a"
 
 
-# Techniques of images, whose problems in the arena `guide` need the trained models of the world `shapes`.
-AWAITING = ("a_star", "pag", "sage", "skip_tuning")
+# Techniques of text-to-image models, whose problems in the arena `guide` need the trained models of the world `shapes`.
+AWAITING = ("a_star", "sage")
 
 
 def test_every_technique_has_an_arena_entry_and_every_claim_can_be_judged():

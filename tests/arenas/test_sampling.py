@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from retouch.arenas.contest import Terms, arena
+from retouch.arenas.guide.tasks import _digits, free
 from retouch.arenas.guide.tasks import _points as points
 from retouch.arenas.runner import run
 from retouch.arenas.sampling import Outcome, SamplingProblem, Task, measure, timed
@@ -83,7 +84,9 @@ def test_a_network_of_points_learns_them_with_and_without_their_class():
 def test_smoke_of_every_task(tmp_path, monkeypatch, task):
     """Every entry runs with models of a few steps, and is measured."""
     fit = points.fit
-    monkeypatch.setattr(points, "fit", lambda *a, steps, **k: fit(*a, steps=max(2, steps // 100), **k))
+    for module in (points, _digits):
+        monkeypatch.setattr(module, "fit", lambda *a, steps, **k: fit(*a, steps=max(2, steps // 100), **k))
+    monkeypatch.setattr(free, "COUNT", 40)
     evidence = run(arena("guide"), tmp_path, problems=[task], terms=Terms(replicas=1))
     record = evidence["problems"][task]
     entered = {entry.name for entry in arena("guide").entries() if not entry.problems or task in entry.problems}

@@ -1,8 +1,8 @@
 """Which way of steering a diffusion model keeps to what is asked for, and at what price?
 
 Each file of the folder `tasks` is a problem, each of `entries` a contestant; how they are run is in `arenas.sampling`.
-So far the problems are points of `worlds.gaussians`, where everything is known exactly; those of images come with the
-trained models of `worlds.shapes`.
+So far the problems are points of `worlds.gaussians`, where everything is known exactly, and digits without a condition;
+those of text-to-image models come with the trained ones of `worlds.shapes`.
 """
 
 from typing import Any
