@@ -3,12 +3,16 @@
 from ratios import compare
 
 from retouch.core import seeds
-from retouch.core.distillation import Distillation, answered
+from retouch.core.distillation import Distillation, answered, softened_kl
 from retouch.core.loop import fit
 from retouch.distill.sinkd import SinKD
 from retouch.worlds import digits
 
 EPOCHS = 3
+
+
+def kl(student, teacher, labels):
+    return softened_kl(student.logits, teacher.logits)
 
 
 def student():
@@ -18,7 +22,7 @@ def student():
 
 if __name__ == "__main__":
     data, teacher = digits.data("train"), digits.reference("vit")
-    for name, make in (("KL", Distillation), ("SinKD", SinKD)):
+    for name, make in (("KL", lambda model: Distillation(model, kl)), ("SinKD", SinKD)):
 
         def kept(make=make):
             fit(student(), answered(data, teacher), make(None), epochs=EPOCHS, progress=False)
