@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> None:
             found = cards(name)
             print(f"\n{name}: {room_line(name)}")  # noqa: T201
             for card in found:
-                print(f"  {card.name:20} {card.line}")  # noqa: T201
+                print(f"  {card.name:24} {card.line}")  # noqa: T201
             if not found:
                 print("  nothing yet")  # noqa: T201
         print("\nretouch show NAME tells more.")  # noqa: T201

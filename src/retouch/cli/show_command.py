@@ -9,6 +9,8 @@ def run(arguments: Sequence[str]) -> None:
     """Print one technique's page."""
     import tyro
 
+    from retouch.cli.main import RUNNABLE
+
     def show(name: tyro.conf.Positional[str]) -> None:
         """One technique: what it does, when to use it, its paper and its options.
 
@@ -20,6 +22,7 @@ def run(arguments: Sequence[str]) -> None:
         print(f"{card.title}\n{card.room}, {card.shape}; {card.paper}; {', '.join(card.tags)}\n")  # noqa: T201
         print(card.docstring)  # noqa: T201
         print(f"\nfrom {card.module} import {plugin}")  # noqa: T201
-        print(f"retouch {card.room} {card.name} --help lists its options.")  # noqa: T201
+        if card.room in RUNNABLE:
+            print(f"retouch {card.room} {card.name} --help lists its options, where it has a command.")  # noqa: T201
 
     tyro.cli(show, prog="retouch show", args=list(arguments))
