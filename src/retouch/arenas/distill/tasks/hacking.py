@@ -5,6 +5,9 @@ tokens from the last 4. Teacher and student learn from its responses first, the 
 the teacher's next-token distributions on 30 prompts, offline or online. Golden is the distance to the oracle and proxy
 that to the teacher, in nats a response of 6 tokens, on 500 other prompts. Plain training learns from the oracle's own
 responses.
+
+In the sizes that the study proposes, offline data showed no hacking. Widths, prompts and roughness were varied until it
+did, on seeds that no evidence uses: the claims are about a world in which the effect exists, not about how often.
 """
 
 import copy

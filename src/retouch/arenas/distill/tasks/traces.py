@@ -5,6 +5,8 @@ Small-scale study of REDI. The solver often computes from left to right where a 
 first mistake. Traces of few problems are checked: stage 1 is SFT on the right ones (the row of the teacher is that
 model), and stage 2 goes on from it, each entry with a loss of its own. Plain training spends all steps on the few right
 traces. Two baselines have a better teacher instead, the reference language model of the text world.
+
+The set-up is one of about eight that were tried, on a seed that no evidence uses, for one in which negatives can help.
 """
 
 import copy
