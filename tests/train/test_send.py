@@ -289,6 +289,42 @@ def test_output_rows_stay_zero_under_adamw(model):
     assert send._projections()[-1].weight.shape
 
 
+def test_output_rows_stay_zero_in_a_loop_of_ones_own_though_momentum_would_move_them(model):
+    send = SensitivityDropout(model, mode="output_weights")
+    outer, optimizer = send._projections()[-1], sgd(model.parameters())
+
+    def rows():
+        weight = outer.weight if isinstance(outer, nn.Linear) else outer.weight.T
+        return [weight[[1, 5, 7]], *([] if outer.bias is None else [outer.bias[[1, 5, 7]]])]
+
+    for step in range(4):
+        if step == 2:
+            send.indices, send.remaining = torch.tensor([1, 5, 7]), 2
+            send.on_epoch_begin(model)
+        optimizer.zero_grad()
+        model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        assert all(part.any() for part in rows())  # moved by this step, if by momentum alone
+        send.hold(optimizer)
+        assert any(part.any() for part in rows()) == (step < 2)
+    moments = optimizer.state[outer.weight]["exp_avg"]
+    assert not (moments if isinstance(outer, nn.Linear) else moments.T)[[1, 5, 7]].any()
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_padding_is_left_out_of_what_tokenizers_give(targets):
+    from transformers import BatchEncoding
+
+    model, padded = llama(), TOKENS[:4].clone()
+    padded[:, 4:] = 0
+    mask = (padded != 0).long()
+    given = BatchEncoding({"input_ids": padded, "attention_mask": mask})
+    send = SensitivityDropout(model)
+    send.on_epoch_end(model, [(given, padded) if targets else given])
+    hidden = model.eval()(**given, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(send.snapshots[0], sentence_embedding(hidden.detach(), mask))
+
+
 def test_official_edit_cuts_units_of_the_inner_width(model):
     send = ready(model, mode="official_weights")
     before = copy.deepcopy(model.state_dict())

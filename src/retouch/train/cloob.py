@@ -18,7 +18,7 @@ grow with inv_tau, and that is followed (`scale_by_tau`). It puts -1000 on the d
 right up to similarities of that size; here it is -inf. In its second term texts are the anchors, and what images
 retrieve from texts are the partners, over whose rows the negatives run, as here.
 
-Cost: six products of N x N against InfoNCE's one, little next to the towers. Limits: embeddings that all point one way
+Cost: nine products of N x N x e for InfoNCE's one, little next to the towers. Limits: embeddings that all point one way
 retrieve one and the same, and stay at a loss of 2 tau log(N - 1); a lower learning rate or a larger beta gets away from
 there. A learned inv_tau drifts upwards without end under InfoLOOB, so it is fixed by default and bounded. All of the
 batch is memory: over several processes it is gathered, and what other processes embed is constant, as in the code.

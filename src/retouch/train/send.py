@@ -17,7 +17,8 @@ answers the exact score is a 10 x 10 problem, and the efficient one does not pay
 Paper: arXiv 2410.15460 (v4). Code: EMZEDI/SEND. Where they part: the training scripts measure spread across texts
 instead of over training, and cut units of the wrong width; here the definitions are followed (`mode="official_weights"`
 is the scripts' edit). The scripts' Chebyshev coefficients take cos(m x) for cos(m arccos x); `mode="official"` keeps
-that. Nothing is rescaled by 1 / (1 - K), and nothing is dropped at inference.
+that, but not the exact log-sum that the scripts add on top. Nothing is rescaled by 1 / (1 - K), and nothing is dropped
+at inference.
 
 Cost: a pass over the tracking texts a checkpoint, and (C, N, d) numbers. Limits: twenty moments resolve small
 eigenvalues badly.
@@ -25,12 +26,13 @@ eigenvalues badly.
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from retouch.core import seeds
 from retouch.core.batches import in_order
@@ -249,8 +251,8 @@ class SensitivityDropout(Callback):
     """Finds sensitive indices after every window of checkpoints, and drops them during the next ones (algorithm 2).
 
     In `fit(callbacks=[...])` a checkpoint is an epoch, or `every_n_steps` steps, and `tracking` is what is watched. In
-    a loop of one's own, call `on_epoch_begin(model)` and `on_epoch_end(model, tracking)`. `close()` takes it off; in
-    eval mode it does nothing.
+    a loop of one's own, call `on_epoch_begin(model)` and `on_epoch_end(model, tracking)`, and `hold(optimizer)` after
+    every step in mode "output_weights". `close()` takes it off; in eval mode it does nothing.
 
     Args:
         model: transformers causal language model.
@@ -325,7 +327,7 @@ class SensitivityDropout(Callback):
                 inputs = unpack(to_device(batch, device))[0]
                 forward(model, inputs)
                 hidden = seen[self.name]
-                told = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+                told = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
                 told = torch.ones(hidden.shape[:2], device=device) if told is None else told
                 rows.append(sentence_embedding(hidden.float(), told, pooling=self.pooling).cpu())
         self.snapshots = [*self.snapshots, torch.cat(rows)][-self.window :]
@@ -348,8 +350,9 @@ class SensitivityDropout(Callback):
         if not self.dropping:
             return
         if self.mode == "output_weights":
-            for part in self._written():
-                part.zero_()
+            outer = self._projections()[-1]
+            for part in (outer.weight, outer.bias):
+                self._clear(outer, part)
         if self.mode == "official_weights":
             *inner, outer = self._projections()
             for projection in inner:
@@ -376,11 +379,27 @@ class SensitivityDropout(Callback):
             raise InputError(f"The block {self.name} has no MLP of linear layers, which mode {self.mode!r} edits")
         return maps
 
-    def _written(self) -> list[Tensor]:
-        """Views of the weights (and biases) that write the dropped indices, to be changed in place."""
-        outer, indices = self._projections()[-1], self.indices
-        parts = [_rows(outer)[index] for index in indices.tolist()]
-        return parts if outer.bias is None else [*parts, *(outer.bias[index] for index in indices.tolist())]
+    def _clear(self, outer: Any, value: Any) -> None:
+        """Zero what belongs to the dropped indices in a tensor shaped like the projection's weight or bias."""
+        if value is not None:
+            rows = value if value.ndim == 1 else _oriented(outer, value)
+            rows[self.indices] = 0
+
+    @torch.no_grad()
+    def hold(self, optimizer: Optimizer) -> None:
+        """In mode "output_weights", keep the rows at zero whatever momentum and weight decay do, without any traces.
+
+        `fit` sees to it; in a loop of one's own, call it after every `optimizer.step()`.
+        """
+        if not (self.dropping and self.mode == "output_weights"):
+            return
+        outer = self._projections()[-1]
+        for parameter in (outer.weight, outer.bias):
+            if parameter is None:
+                continue
+            for value in (parameter, parameter.grad, *optimizer.state.get(parameter, {}).values()):
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    self._clear(outer, value)
 
     # --- in `fit`
 
@@ -399,28 +418,12 @@ class SensitivityDropout(Callback):
             self._checkpoint(run)
 
     def on_gradients(self, run: Run) -> None:
-        if self.dropping and self.mode == "output_weights":
-            self._hold(run, gradients=True)
+        self.hold(run.optimizer)
 
     def on_step(self, run: Run) -> None:
-        if self.dropping and self.mode == "output_weights":
-            self._hold(run, gradients=False)
+        self.hold(run.optimizer)
         if self.every_n_steps is not None and run.step % self.every_n_steps == 0:
             self._checkpoint(run)
-
-    @torch.no_grad()
-    def _hold(self, run: Run, *, gradients: bool) -> None:
-        """Keep the rows at zero whatever momentum and weight decay do: no gradients, no traces in the optimizer."""
-        outer = self._projections()[-1]
-        for parameter in (outer.weight, outer.bias):
-            if parameter is None:
-                continue
-            state = run.optimizer.state.get(parameter, {}).values()
-            held = [parameter.grad] if gradients else [parameter, *state]
-            for value in held:
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    rows = value if value.ndim == 1 else _oriented(outer, value)
-                    rows[self.indices] = 0
 
     def on_end(self, run: Run) -> None:
         self.remaining = 0  # nothing is dropped in what comes after
