@@ -154,6 +154,7 @@ def test_the_exact_score_is_the_worlds(mixture):
         noisy = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(mixture.log_density(noisy, alpha, sigma).sum(), noisy)
         torch.testing.assert_close(gaussian_mixture_score(x, torch.tensor([t] * 40), **settings), gradient)
+        assert gaussian_mixture_score(x.float(), t, **settings).dtype == torch.float32
     if mixture.dimensions == 1:
         flat = gaussian_mixture_score(x[:, 0], 3, **{**settings, "means": mixture.means[:, 0]})
         torch.testing.assert_close(flat, gaussian_mixture_score(x, 3, **settings)[:, 0])

@@ -449,6 +449,10 @@ def test_search_ranks_what_is_within_the_budget(teacher, texts):
     assert len(net.search(texts)) == len(SPACE.all())
     with pytest.raises(InputError, match=r"max_params is 10 and max_flops None, .* the smallest has \d+ parameters"):
         net.search(texts, max_params=10)
+    with pytest.raises(InputError, match="max_params is 0 and max_flops None"):
+        net.search(texts, max_params=0)
+    with pytest.raises(InputError, match="archs is empty, but must hold"):
+        net.search(texts, archs=[])
     by_proxy = net.search(texts, archs=[MIDDLE, SPACE.smallest], proxy=lambda s: -float(s.config.hidden_size))
     assert [row.arch for row in by_proxy] == [MIDDLE, SPACE.smallest]
     assert net.model.arch == SPACE.largest

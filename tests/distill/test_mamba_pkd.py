@@ -406,6 +406,18 @@ def test_the_modes_see_what_they_should(digits_small):
     assert torch.equal(rows[1]["teacher"], before)
 
 
+def test_boosted_students_weigh_by_held_out_accuracy(digits_small):
+    test = digits_small.test
+    distiller = ProgressiveDistiller(TEACHER, students(6, 4), "boost", lr=1e-2)
+    ensemble = distiller.fit(digits_small.train, validation=test, steps=30)
+    for weight, student in zip(ensemble.weights, ensemble.students, strict=True):
+        right = (predict(student, in_order(test)).argmax(-1) == test.targets).float().mean()
+        assert float(weight) == pytest.approx(max(float(right), 1e-6))
+        also = (predict(student, in_order(digits_small.train)).argmax(-1) == digits_small.train.targets).float().mean()
+        assert right != also
+    assert distiller.histories[0]["lr"][0] > distiller.histories[0]["lr"][-1] == pytest.approx(0, abs=1e-9)
+
+
 def test_a_run_that_was_killed_ends_alike(digits_small, tmp_path):
     whole = ProgressiveDistiller(TEACHER, students(6, 4)).fit(digits_small.train, steps=4)
     settings = {"steps": 4, "checkpoint": Checkpoint(tmp_path, every=1)}

@@ -445,7 +445,13 @@ def test_on_flux():
     own = pipe(PROMPT, generator=draws[0], **settings).images
     guide = AStarGuidance([[2], [7]], resolution=tuple([int(own.shape[1] ** 0.5)] * 2), alpha=500.0, start_token=False)
     with guide.attached(pipe):
-        assert not torch.allclose(pipe(PROMPT, generator=draws[1], **settings).images, own)
+        moved = pipe(PROMPT, generator=draws[1], **settings).images
+        assert not torch.allclose(moved, own)
+        assert torch.equal(pipe(PROMPT, generator=torch.Generator().manual_seed(0), **settings).images, moved)
+        assert len(guide.history) == 3  # it began anew
+        guide.stop = 0.5
+        pipe(PROMPT, **settings)
+        assert len(guide.history) == 2
 
 
 def test_only_some_of_the_steps():

@@ -243,7 +243,7 @@ def gaussian_mixture_score(
     logits = -ways.square().sum(-1, keepdim=True) / (2 * variance)
     if weights is not None:
         logits = logits + torch.as_tensor(weights).to(points).log()[:, None]
-    return (logits.softmax(1) * ways / variance).sum(1).view_as(x)
+    return (logits.softmax(1) * ways / variance).sum(1).view_as(x).to(x.dtype)
 
 
 def steps_of(window: Window, steps: int) -> range:

@@ -529,10 +529,14 @@ class AutoDistil:
                 the relation loss if None.
 
         Raises:
-            InputError: if nothing is within the budget.
+            InputError: if nothing is within the budget, or there are no candidates.
         """
-        found = [(arch, self.parameters(arch), self.flops(arch, length)) for arch in archs or self.model.space.all()]
-        fits = [row for row in found if row[1] <= (max_params or math.inf) and row[2] <= (max_flops or math.inf)]
+        every = self.model.space.all() if archs is None else archs
+        found = [(arch, self.parameters(arch), self.flops(arch, length)) for arch in every]
+        if not found:
+            raise InputError("archs is empty, but must hold at least one architecture")
+        most = [math.inf if cap is None else cap for cap in (max_params, max_flops)]
+        fits = [row for row in found if row[1] <= most[0] and row[2] <= most[1]]
         if not fits:
             raise InputError(
                 f"max_params is {max_params} and max_flops {max_flops}, but must allow a student: the smallest has "

@@ -294,7 +294,8 @@ class PacedScale(nn.Module):
         """(batch, classes) -> the same, gamma x / ||x|| within each vertical."""
         owner = self.owner
         count = int(owner.max()) + 1
-        squares = logits.new_zeros(len(logits), count).index_add(1, owner, logits.square())
+        squares = logits.square()  # in float32 under autocast
+        squares = squares.new_zeros(len(logits), count).index_add(1, owner, squares)
         lengths = squares.clamp_min(self.eps**2).sqrt()
         gamma = self.gamma if self.level == "class" else self.gamma[owner]
         scaled = gamma * logits / lengths[:, owner]

@@ -22,8 +22,9 @@ code alone is a factor exp(gate * mean log pi(y_l | x)) on the second term, off 
 one wrong trace of several is not said; here it is the first.
 
 Cost: one forward and backward of both traces, which is what DPO takes without its reference. Limits: causal language
-models; the first stage must have learned the end token. The paper's learning rate of 1e-6 is for 1.5 billion weights;
-models of some hundred thousand bear 1e-5 to 1e-4.
+models; the first stage must have learned the end token. The paper's learning rate of 1e-6 is for 1.5 billion weights
+(and for alpha = 1 it is 2e-7); models of some hundred thousand bear 1e-5 to 1e-4. The paper leaves out pairs of prompts
+above 800 or traces above 19,000 tokens; here no length is assumed, see `max_length`.
 """
 
 import math

@@ -562,8 +562,10 @@ def steer(
 
 
 def _place(timesteps: Tensor, time: Any) -> int:
+    """Which of the steps it is, by the time that the network is told: Flux is told a thousandth of the scheduler's."""
     now = torch.as_tensor(time, dtype=torch.float64).flatten()[0].cpu()
-    return int((timesteps.double().cpu() - now).abs().argmin())
+    apart = torch.stack([timesteps.double().cpu() - scale * now for scale in (1, 1000)]).abs()
+    return int(apart.argmin()) % len(timesteps)
 
 
 def _doubled(pipeline: Any, x: Tensor) -> bool:
