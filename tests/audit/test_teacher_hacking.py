@@ -389,6 +389,10 @@ def test_validation_responses_are_the_teachers_and_the_oracles_and_never_change(
     before = copy.deepcopy({name: data.inputs for name, data in monitor.responses.items()})
     once = monitor.on_evaluate(student, 1)
     assert monitor.on_evaluate(student, 2) == once  # dropout is off, and nothing is drawn
+    assert once == {name: monitor.distance(name, student) for name in ("proxy", "golden")}
+    assert monitor.distance("golden", oracle) == pytest.approx(0, abs=1e-6)
+    assert monitor.distance("proxy", teacher) == pytest.approx(0, abs=1e-6)
+    assert once["golden"] != once["proxy"] and monitor.teacher_golden == monitor.distance("golden", teacher) > 0.1
     again = TeacherHackingMonitor(teacher, PROMPTS, oracle, sampling=SHORT)
     for name, data in again.responses.items():
         assert all(torch.equal(data.inputs[key], before[name][key]) for key in before[name])
@@ -608,6 +612,9 @@ def test_a_trial_runs_on_every_source_from_the_same_student(global_rng_untouched
         assert monitor.curves["steps"][-1] == 12
     assert len(starts) == 1
     assert asked.teacher is asked.teacher
+    one, two = asked.monitor(), asked.monitor()
+    assert one.responses is two.responses and one.curves is not two.curves
+    assert monitor.models is one.models and one.curves == {"steps": [], "proxy": [], "golden": []}
     again = trial().run("offline")
     assert again.curves == asked.run("offline").curves
 

@@ -18,7 +18,8 @@ student that begins closer to the oracle than its teacher is gets worse from ste
 
 Paper: arXiv 2502.02671 (abstract, figure captions and table of settings; no official code was found). The sign of the
 deviation is the paper's; fitting the first points by least squares and asking for standardised residuals above 3 to
-the end is this library's test, and so are the tolerances.
+the end is this library's test, and so are the tolerances. `DistillationTrial` has no warm-up (the paper's is 100 of
+390,625 steps): Adam's rate is 3e-4 from the first step on.
 
 Cost: generation is most of online data; the monitor takes two forwards over its validation responses, which are drawn
 once, at each of about 20 evaluations. Distances are Monte Carlo over responses and exact over the vocabulary.
@@ -736,15 +737,18 @@ class DistillationTrial:
         return fixed if name == "offline" else ResponseSource.mixed(fixed, online, share, seed=self.seed)
 
     def monitor(self) -> TeacherHackingMonitor:
-        """A monitor of both distances on the validation prompts."""
+        """A monitor of both distances on the validation prompts; all share models and responses, not curves."""
         settings: dict[str, Any] = {"sampling": self.sampling, "seed": seeds.derive(self.seed, "validation")}
-        return TeacherHackingMonitor(self.teacher, self.validation, self.oracle, **settings)
+        made = lambda: TeacherHackingMonitor(self.teacher, self.validation, self.oracle, **settings)  # noqa: E731
+        found = copy.copy(self._once("monitor", made))
+        found.curves = {name: [] for name in found.curves}
+        return found
 
     def run(self, name: str, *, callbacks: Sequence[Callback] = (), **options: Any) -> TeacherHackingMonitor:
         """Distil a copy of the student on one source, and give the curves; `options` are those of `source`."""
         student, monitor = copy.deepcopy(self.student), self.monitor()
         data = self.source(name, student, **options)
-        loss = Imitation(self.teacher, kind=self.kind, beta=self.beta)
+        loss = Imitation(monitor.models["proxy"], kind=self.kind, beta=self.beta)
         self._fit(student, data, loss, self.steps, [monitor, *callbacks])
         return monitor
 
