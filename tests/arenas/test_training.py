@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from retouch.arenas import training
-from retouch.arenas.contest import Entry, Terms, arena
+from retouch.arenas.contest import Entry, Terms, arena, merged
 from retouch.arenas.runner import run
 from retouch.arenas.training import Split, Task, TrainProblem, derive, measure, plain, to_target
 from retouch.core.data import TensorData
@@ -106,10 +106,10 @@ def test_two_tasks_cannot_have_different_entries_of_one_name():
         return replica.train(steps=2)
 
     one = Entry(name="mine", title="mine", solve=plain, problems=("a",))
-    same = training.merged([one, dataclasses.replace(one, problems=("b",))])
+    same = merged([one, dataclasses.replace(one, problems=("b",))])
     assert [entry.problems for entry in same] == [("a", "b")]
     with pytest.raises(ValueError, match="different entries 'mine'"):
-        training.merged([one, dataclasses.replace(one, solve=other, problems=("b",))])
+        merged([one, dataclasses.replace(one, solve=other, problems=("b",))])
 
 
 TASKS = [(name, task) for name in ("train", "distill") for task in arena(name).problems]

@@ -591,13 +591,13 @@ def test_study_exits_follow_difficulty():
     from retouch.arenas.contest import Terms
     from retouch.arenas.train import TrainProblem
     from retouch.arenas.train.entries.palbert import solve
-    from retouch.arenas.train.tasks.depth import DRAWS, TASK, Exits, QExits, judge, sampled
+    from retouch.arenas.train.tasks.depth import DRAWS, TASK, Exits, by_q, by_rule, judge, sampled
 
     replica = TrainProblem(dataclasses.replace(TASK, steps=400), Terms(replicas=1)).replica(0)
     ours = solve(replica)
     found = judge(ours.model, replica.split)
-    others = [judge(QExits(ours.model.model, q).eval(), replica.split)["layers"] for q in (0.3, 0.7, 0.9)]
-    drawn = judge(Exits(ours.model.model, sampled, DRAWS).eval(), replica.split)
+    others = [judge(Exits(ours.model.model, by_q(q)).eval(), replica.split)["layers"] for q in (0.3, 0.7, 0.9)]
+    drawn = judge(Exits(ours.model.model, by_rule(sampled, DRAWS)).eval(), replica.split)
     assert found["spread"] == 0 < drawn["spread"]
     assert found["error"] <= drawn["error"] + 0.5
     assert others[0] <= found["layers"] <= others[1] <= others[2]

@@ -19,16 +19,10 @@ KNOWN = KnowledgeBase()
 SOME = 200
 
 
-shipped = {name: pytest.mark.skipif(name not in text.VARIANTS, reason=f"no {name} is shipped") for name in text.MODELS}
-
-
 @pytest.fixture(scope="module")
 def llama():
-    """The reference model, or an untrained one where none is shipped."""
-    if "llama" in text.VARIANTS:
-        return text.reference("llama")
-    with isolated(0):
-        return models.new_llama(width=32, layers=2).eval()
+    """The reference model."""
+    return text.reference("llama")
 
 
 def some_samples(split="test"):
@@ -355,7 +349,6 @@ def test_batches_by_length_hold_everything_once_and_little_padding():
 # Models
 
 
-@shipped["llama"]
 def test_llama_is_as_good_as_recorded(llama):
     recorded = text.quality("llama")
     assert recorded["short"] >= 95 and recorded["instructions"] >= 90 and recorded["arithmetic"] >= 80
@@ -366,7 +359,6 @@ def test_llama_is_as_good_as_recorded(llama):
         assert value == pytest.approx(recorded[name], abs=10), name  # a part of the test data
 
 
-@shipped["encoder"]
 def test_encoder_is_as_good_as_recorded():
     recorded = text.quality("encoder")
     assert min(recorded.values()) >= 90
@@ -394,7 +386,6 @@ def test_models_are_transformers_models_with_their_tokenizer(llama):
     assert text.tokenizer().decode(written, skip_special_tokens=True) == expected
 
 
-@shipped["llama"]
 def test_llama_knows_nothing_of_new_people(llama):
     asked = KNOWN.questions("test", KNOWN.facts(KNOWN.new))
     assert text.score(llama, asked) < 25

@@ -4,6 +4,7 @@ A problem has replicas: the same question under other seeds. An entry solves eac
 compared replica by replica (paired seeds): mean difference and its standard error.
 """
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -249,6 +250,26 @@ class Arena:
             importlib.import_module(f"{folder.__name__}.{m.name}").ENTRY for m in pkgutil.iter_modules(folder.__path__)
         ]
         return [*self.baselines(), *sorted(found, key=lambda entry: entry.name)]
+
+
+def tasks_of(arena: str) -> list[Any]:
+    """The TASK of every file in an arena's folder `tasks`; files beginning with "_" are what tasks share."""
+    folder = importlib.import_module(f"retouch.arenas.{arena}.tasks")
+    files = [module.name for module in pkgutil.iter_modules(folder.__path__) if not module.name.startswith("_")]
+    return [importlib.import_module(f"{folder.__name__}.{file}").TASK for file in files]
+
+
+def merged(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries of one name from several tasks as one entry in all of them."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        other = found.get(entry.name, entry)
+        made = [getattr(one.solve, "__qualname__", None) for one in (other, entry)]
+        if made[0] != made[1]:
+            raise ValueError(f"The tasks {other.problems} and {entry.problems} have different entries {entry.name!r}")
+        before = found[entry.name].problems if entry.name in found else ()
+        found[entry.name] = dataclasses.replace(entry, problems=(*before, *entry.problems))
+    return list(found.values())
 
 
 def arena_names() -> list[str]:

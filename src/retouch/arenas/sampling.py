@@ -4,11 +4,8 @@ Every problem is a task: models, noise and what is wanted, the same for all entr
 is a task. An entry gives an `Outcome`, which the task judges against what is known exactly.
 """
 
-import dataclasses
 import functools
-import importlib
 import math
-import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +13,7 @@ from typing import Any
 
 import torch
 
-from retouch.arenas.contest import KIND_NAMES, Arena, Entry, Measure, Plot, Terms, Values
-from retouch.arenas.training import merged
+from retouch.arenas.contest import KIND_NAMES, Arena, Entry, Measure, Plot, Terms, Values, merged, tasks_of
 from retouch.core import seeds
 from retouch.core.diffusion.denoiser import Denoiser
 
@@ -157,9 +153,7 @@ def sampling_arena(name: str, question: str) -> Arena:
         name: of the package.
         question: that it answers.
     """
-    folder = importlib.import_module(f"retouch.arenas.{name}.tasks")
-    files = [module.name for module in pkgutil.iter_modules(folder.__path__) if not module.name.startswith("_")]
-    found = [importlib.import_module(f"{folder.__name__}.{file}").TASK for file in files]
+    found = tasks_of(name)
     tasks = {task.name: task for task in found}
     own = {name: measure for task in found for name, measure in task.measures.items()}
     return Arena(
@@ -177,6 +171,8 @@ def sampling_arena(name: str, question: str) -> Arena:
     )
 
 
-def entry(name: str, title: str, task: str, solve: Callable[..., Outcome], **more: Any) -> Entry:
-    """A baseline of one task."""
-    return dataclasses.replace(Entry(name=name, title=title, kind="baseline", solve=solve, problems=(task,)), **more)
+def baseline(
+    task: str, name: str, title: str, solve: Callable[..., Outcome], kind: str = "baseline", **more: Any
+) -> Entry:
+    """An entry of one task that is no technique; `more` is of `Entry`."""
+    return Entry(name=name, title=title, kind=kind, solve=solve, problems=(task,), **more)

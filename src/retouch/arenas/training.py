@@ -6,11 +6,8 @@ objective, the callbacks, or the optimizer. While it trains, the test error is w
 that), so that steps and seconds to a target can be compared as well as the end.
 """
 
-import dataclasses
 import functools
-import importlib
 import math
-import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from retouch.arenas.contest import KIND_NAMES, Arena, Entry, Measure, Plot, Terms, Values, mean
+from retouch.arenas.contest import KIND_NAMES, Arena, Entry, Measure, Plot, Terms, Values, mean, merged, tasks_of
 from retouch.core import seeds
 from retouch.core.batches import in_order
 from retouch.core.data import labels_of
@@ -354,19 +351,6 @@ MEASURES = {
 }
 
 
-def merged(entries: Sequence[Entry]) -> list[Entry]:
-    """Entries of one name from several tasks as one entry in all of them."""
-    found: dict[str, Entry] = {}
-    for entry in entries:
-        other = found.get(entry.name, entry)
-        made = [getattr(one.solve, "__qualname__", None) for one in (other, entry)]
-        if made[0] != made[1]:
-            raise ValueError(f"The tasks {other.problems} and {entry.problems} have different entries {entry.name!r}")
-        before = found[entry.name].problems if entry.name in found else ()
-        found[entry.name] = dataclasses.replace(entry, problems=(*before, *entry.problems))
-    return list(found.values())
-
-
 def training_arena(name: str, question: str) -> Arena:
     """The arena of the package `retouch.arenas.NAME`, put together from its tasks.
 
@@ -374,9 +358,7 @@ def training_arena(name: str, question: str) -> Arena:
         name: of the package.
         question: that it answers.
     """
-    folder = importlib.import_module(f"retouch.arenas.{name}.tasks")
-    files = [module.name for module in pkgutil.iter_modules(folder.__path__) if not module.name.startswith("_")]
-    found = [importlib.import_module(f"{folder.__name__}.{file}").TASK for file in files]
+    found = tasks_of(name)
     tasks = {task.name: task for task in found}
     always = [Entry(name="plain", title="plain training", kind="original", solve=plain)]
     taught = tuple(task.name for task in found if task.teacher is not None)

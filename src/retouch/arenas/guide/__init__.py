@@ -7,9 +7,9 @@ those of text-to-image models come with the trained ones of `worlds.shapes`.
 
 from typing import Any
 
-from retouch.arenas.sampling import Outcome, Replica, Task, entry, timed
+from retouch.arenas.sampling import Outcome, Replica, Task, baseline, timed
 
-__all__ = ["ARENA", "Outcome", "Replica", "Task", "entry", "timed"]
+__all__ = ["ARENA", "Outcome", "Replica", "Task", "baseline", "timed"]
 
 
 def __getattr__(name: str) -> Any:

@@ -63,12 +63,12 @@ class _Session:
     """What has to be kept between the hooks of one attachment."""
 
     def __init__(self, pipeline: Any, rules: Sum) -> None:
-        self.pipeline, self.given = pipeline, rules
+        self.pipeline, self.rules = pipeline, rules
         self.renoise = next((part for part in rules.parts if part.renoise is not None), None)
-        self.rules = rules
         self.turn = -1 if "DiT" in type(pipeline).__name__ else 1  # DiT's pipeline has the conditional half first
         self.correction: Tensor | None = None
         self.context: Any = None
+        self.steps: int | None = None  # that the grid is for
 
     def widen(self, _model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Before the network: rows of all branches that are active."""
@@ -79,7 +79,7 @@ class _Session:
         both = self._guided()
         if not both and "uncond" in self.rules.branches:
             raise InputError("guidance_scale is 1 or less, but must be above 1, so that the pipeline has both branches")
-        whole = "uncond" in self.given.branches
+        whole = "uncond" in self.rules.branches
         rules = self.rules if whole or not both else cfg(self._scale()) + self.rules
         self.active = rules.active(self.level)
         self.halves = ("uncond", "cond")[:: self.turn] if both else ("cond",)
@@ -147,7 +147,7 @@ class _Session:
 
     def _level(self, time: float) -> Level:
         steps = self.pipeline.scheduler.num_inference_steps
-        if getattr(self, "steps", None) != steps:
+        if self.steps != steps:
             process = from_scheduler(self.pipeline.scheduler)
             self.grid, self.steps, self.flow = process.grid(steps), steps, isinstance(process, Flow)
         return min(self.grid.levels[:-1], key=lambda level: abs(level.time - time))

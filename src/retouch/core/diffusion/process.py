@@ -10,6 +10,7 @@ A `Process` says what alpha and sigma are at a time, and gives the `Grid` of lev
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,20 +73,20 @@ def make_grid(times: Sequence[float], alphas: Sequence[float], sigmas: Sequence[
     return Grid(tuple(Level(float(t), float(a), float(s), k, steps) for k, (t, a, s) in enumerate(rows)), float(start))
 
 
-class Process:
+class Process(ABC):
     """What alpha and sigma are at a time; `VP`, `EDM` and `Flow` are its kinds."""
 
+    @abstractmethod
     def levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and sigma (b,), in float64, at times (b,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def grid(self, steps: int) -> Grid:
         """The levels of a sampler with so many steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def random_times(self, count: int, generator: torch.Generator) -> Tensor:
         """Times to train at (count,)."""
-        raise NotImplementedError
 
     def add_noise(self, x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """x at given times, one a sample.

@@ -3,14 +3,14 @@
 The study of mode interpolation: draw, score, keep 90%. What is right is exact: within 6 deviations of a mode.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from retouch.arenas.contest import Entry, Measure
-from retouch.arenas.guide import Outcome, Replica, Task
+from retouch.arenas.contest import Measure
+from retouch.arenas.guide import Outcome, Replica, Task, baseline
 from retouch.arenas.guide.tasks import _points as points
 from retouch.audit.mode_interpolation import Scored, auroc, mode_interpolation
 from retouch.core import seeds
@@ -90,8 +90,7 @@ def exact(replica: Replica) -> Outcome:
     return Outcome(mode_interpolation(denoiser, given.noise, window=0.05, times=STEPS, step=ddpm, generator=draw))
 
 
-def _baseline(name: str, title: str, solve: Any, kind: str = "baseline") -> Entry:
-    return Entry(name=name, title=title, kind=kind, solve=solve, problems=(NAME,))
+_baseline = functools.partial(baseline, NAME)
 
 
 TASK = Task(

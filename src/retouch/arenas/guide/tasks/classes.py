@@ -4,6 +4,7 @@ Studies of EluCD and of PPAP, in points: the classifier has seen clean points al
 a guess. Who judges is exact: the distance to the mode that was asked for.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retouch.arenas.contest import Entry, Measure
-from retouch.arenas.guide import Outcome, Replica, Task, timed
+from retouch.arenas.contest import Measure
+from retouch.arenas.guide import Outcome, Replica, Task, baseline, timed
 from retouch.arenas.guide.tasks import _points as points
 from retouch.core import seeds
 from retouch.core.data import TensorData
@@ -160,8 +161,7 @@ def aware(replica: Replica, *, scale: float) -> Outcome:
     return steered(replica, [AtNoise(asked, given.modes, scale)])
 
 
-def _baseline(name: str, title: str, solve: Any, kind: str = "baseline", **more: Any) -> Entry:
-    return Entry(name=name, title=title, kind=kind, solve=solve, problems=(NAME,), **more)
+_baseline = functools.partial(baseline, NAME)
 
 
 SCALES = (1.0, 2.0, 4.0, 8.0)

@@ -4,6 +4,7 @@ The study of perturbed-attention guidance in small, and that of Skip-Tuning: nei
 is whether the shipped classifier is sure of what it sees, and how far its features are from those of real digits.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retouch.arenas.contest import Entry, Measure, Plot
-from retouch.arenas.guide import Outcome, Replica, Task, timed
+from retouch.arenas.contest import Measure, Plot
+from retouch.arenas.guide import Outcome, Replica, Task, baseline, timed
 from retouch.arenas.guide.tasks import _digits as world
 from retouch.core import seeds
 from retouch.core.diffusion.denoiser import Denoiser
@@ -60,8 +61,7 @@ def real(replica: Replica) -> Outcome:
     return Outcome(train[order[:COUNT]])
 
 
-def _baseline(name: str, title: str, solve: Any, kind: str = "baseline") -> Entry:
-    return Entry(name=name, title=title, kind=kind, solve=solve, problems=(NAME,))
+_baseline = functools.partial(baseline, NAME)
 
 
 TASK = Task(

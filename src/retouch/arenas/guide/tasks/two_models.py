@@ -4,6 +4,7 @@ The Gaussian study of T-Stitch. The large one alone is the aim: samples are held
 noise, and against the data.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from retouch.accelerate.t_stitch import stitch
-from retouch.arenas.contest import Entry, Measure, Plot
-from retouch.arenas.guide import Outcome, Replica, Task, timed
+from retouch.arenas.contest import Measure, Plot
+from retouch.arenas.guide import Outcome, Replica, Task, baseline, timed
 from retouch.arenas.guide.tasks import _points as points
 from retouch.core import seeds
 from retouch.core.diffusion.denoiser import Denoiser
@@ -79,8 +80,7 @@ def large_first(replica: Replica, ratio: float) -> Outcome:
     return drawn(replica, stitch([given.large, given.small], 1 - ratio), cost)
 
 
-def _baseline(name: str, title: str, solve: Any, kind: str = "baseline") -> Entry:
-    return Entry(name=name, title=title, kind=kind, solve=solve, problems=(NAME,))
+_baseline = functools.partial(baseline, NAME)
 
 
 TASK = Task(

@@ -9,7 +9,7 @@ from retouch.arenas.train.tasks import depth
 
 def solve(replica: Replica, *, threshold: float = 0.5, **settings: Any) -> Solution:
     """Trained with all layers, stopped by Q-exit."""
-    return depth.stopped(replica, lambda model: depth.QExits(model, threshold), **settings)
+    return depth.stopped(replica, lambda model: depth.Exits(model, depth.by_q(threshold)), **settings)
 
 
 def claim(text: str, measure: str, other: str, relation: str, **rest: Any) -> Claim:

@@ -77,34 +77,38 @@ class Exits(nn.Module):
 
     Args:
         model: runs all layers.
-        rule: (its output, generator) -> answers and layers used.
-        draws: how often the rule is applied: once, unless it is random.
+        choose: (model, tokens) -> answers, of one draw or several; see `by_rule` and `by_q`.
     """
 
-    def __init__(self, model: PonderingClassifier, rule: Rule, draws: int = 1) -> None:
+    def __init__(
+        self, model: PonderingClassifier, choose: Callable[[PonderingClassifier, Tensor], list[Answer]]
+    ) -> None:
         super().__init__()
-        self.model, self.rule, self.draws = model, rule, draws
+        self.model, self.choose = model, choose
 
     @torch.no_grad()
     def answers(self, tokens: Tensor) -> list[Answer]:
         """Answers of every draw."""
-        output = self.model(tokens)
-        return [self.rule(output, seeds.generator(0, "exit", number)) for number in range(self.draws)]
+        return self.choose(self.model, tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits, of the first draw."""
         return self.answers(tokens)[0][0]
 
 
-class QExits(Exits):
-    """The technique itself, which stops early."""
+def by_rule(rule: Rule, draws: int = 1) -> Callable[[PonderingClassifier, Tensor], list[Answer]]:
+    """Run all layers and apply a rule to what came out, several times if it is random."""
 
-    def __init__(self, model: PonderingClassifier, threshold: float) -> None:
-        super().__init__(model, lambda output, generator: NotImplemented)
-        self.threshold = threshold
+    def choose(model: PonderingClassifier, tokens: Tensor) -> list[Answer]:
+        output = model(tokens)
+        return [rule(output, seeds.generator(0, "exit", number)) for number in range(draws)]
 
-    def answers(self, tokens: Tensor) -> list[Answer]:
-        return [self.model.predict(tokens, threshold=self.threshold) for _ in range(2)]  # twice: is there a spread?
+    return choose
+
+
+def by_q(threshold: float) -> Callable[[PonderingClassifier, Tensor], list[Answer]]:
+    """The technique itself, which stops early; asked twice, to see whether there is a spread."""
+    return lambda model, tokens: [model.predict(tokens, threshold=threshold) for _ in range(2)]
 
 
 def judge(model: nn.Module, split: Split) -> dict[str, float]:
@@ -146,7 +150,7 @@ def ponder(replica: Replica, **settings: Any) -> Solution:
             model = PonderingClassifier(encoder, NODES, dim=WIDTH, dropout=0.0, **settings)
 
         def error(model: nn.Module) -> float:
-            return judge(QExits(model, 0.5).eval(), replica.split)["error"]  # type: ignore[arg-type]
+            return judge(Exits(model, by_q(0.5)).eval(), replica.split)["error"]  # type: ignore[arg-type]
 
         known[key] = replica.train(model, objective=pondering, error=error)
     return known[key]
@@ -191,7 +195,9 @@ def fixed(replica: Replica) -> Solution:
     def exits(model: PonderingClassifier) -> Exits:
         used = model.predict(replica.split.validation.inputs)[1].double().mean()
         layer = round(float(used)) - 1
-        return Exits(model, lambda output, generator: at(output, torch.full_like(output.logits[0, :, 0].long(), layer)))
+        return Exits(
+            model, by_rule(lambda output, _: at(output, torch.full_like(output.logits[0, :, 0].long(), layer)))
+        )
 
     return stopped(replica, exits)
 
@@ -215,7 +221,7 @@ def _baseline(name: str, title: str, solve: Callable[[Replica], Solution], note:
 
 
 def _at_threshold(threshold: float) -> Callable[[Replica], Solution]:
-    return lambda replica: stopped(replica, lambda model: QExits(model, threshold))
+    return lambda replica: stopped(replica, lambda model: Exits(model, by_q(threshold)))
 
 
 TASK = Task(
@@ -263,27 +269,31 @@ TASK = Task(
         _baseline(
             "sampled_exit",
             "sampled exit",
-            lambda replica: stopped(replica, lambda model: Exits(model, sampled, DRAWS)),
+            lambda replica: stopped(replica, lambda model: Exits(model, by_rule(sampled, DRAWS))),
             f"{SAME} PonderNet's way to stop, {DRAWS} draws.",
         ),
         _baseline(
             "patience",
             "patience",
-            lambda replica: stopped(replica, lambda model: Exits(model, patient)),
+            lambda replica: stopped(replica, lambda model: Exits(model, by_rule(patient))),
             f"{SAME} PABEE's way to stop: when three layers in a row agree.",
         ),
         _baseline("fixed_layer", "fixed layer", fixed, f"{SAME} The number of layers that Q-exit uses on average."),
-        _baseline("last_layer", "last layer", lambda replica: stopped(replica, lambda model: Exits(model, last))),
+        _baseline(
+            "last_layer", "last layer", lambda replica: stopped(replica, lambda model: Exits(model, by_rule(last)))
+        ),
         _baseline(
             "linear_exit_head",
             "linear exit head",
-            lambda replica: stopped(replica, lambda model: QExits(model, 0.5), lambda_layers=0, lambda_mode="single"),
+            lambda replica: stopped(
+                replica, lambda model: Exits(model, by_q(0.5)), lambda_layers=0, lambda_mode="single"
+            ),
             "PonderNet's exit head, which sees one layer's state; trained anew, stopped by Q-exit.",
         ),
         _baseline(
             "no_remainder",
             "remainder to no layer",
-            lambda replica: stopped(replica, lambda model: QExits(model, 0.5), remainder="none"),
+            lambda replica: stopped(replica, lambda model: Exits(model, by_q(0.5)), remainder="none"),
             "As in the authors' code: what is left of the exit probability costs nothing. Trained anew.",
         ),
     ),
