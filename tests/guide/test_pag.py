@@ -6,9 +6,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from retouch.core.attention import AttentionCall, attention_layers, edit_attention, record_attention
-from retouch.core.diffusion.denoiser import Denoiser
+from retouch.core.diffusion.denoiser import Denoiser, Prediction
 from retouch.core.diffusion.guidance import cfg
-from retouch.core.diffusion.process import VP
+from retouch.core.diffusion.process import VP, Level
 from retouch.core.diffusion.sampling import sample
 from retouch.core.errors import InputError
 from retouch.guide import attach
@@ -288,3 +288,11 @@ def test_bad_input():
     ):
         with pytest.raises(InputError, match=words):
             wrong()
+
+
+def test_the_adaptive_scale_acts_in_the_guidance():
+    found = {"cond": Prediction(Z, Z), "perturbed": Prediction(Z.flip(0), Z.flip(1))}
+    fading = pag(3.0, adaptive_scale=0.004).change(found, Z, Level(500.0, 0.6, 0.8))
+    plain = pag(1.0).change(found, Z, Level(500.0, 0.6, 0.8))
+    torch.testing.assert_close(fading.x0, plain.x0)
+    torch.testing.assert_close(fading.noise, plain.noise)
