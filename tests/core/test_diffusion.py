@@ -479,6 +479,106 @@ def test_attached_to_dit():
         pipe([0, 1], **settings)
 
 
+class Nudge(Hook):
+    """Moves what comes in by a gradient of the model, and counts."""
+
+    def __init__(self):
+        self.starts, self.levels = 0, []
+
+    def start(self, x, grid):
+        self.starts, self.levels = self.starts + 1, []
+
+    def before(self, x, level, denoiser, conditions):
+        self.levels.append((level.index, level.steps))
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(denoiser(z, level, conditions["cond"]).x0.square().sum(), z)
+        return x - 0.05 * gradient / gradient.std()
+
+
+class Shrink(Nudge):
+    """Also rewrites x0 alone, and what a step gives; it sees where it is."""
+
+    def predicted(self, move):
+        assert move.x.shape == move.prediction.x0.shape and move.there.sigma < move.here.sigma
+        return Prediction(0.5 * move.prediction.x0, move.prediction.noise)
+
+    def after(self, move, x):
+        return x + 0.1 * move.there.sigma
+
+
+@pytest.mark.parametrize("scheduler", ["ddim, velocity", "euler, leading"])
+@pytest.mark.parametrize("hook", [Nudge, Shrink])
+@pytest.mark.parametrize("rule", [None, cfg(3.0), split(0.6)], ids=["none", "cfg", "split"])
+def test_hooks_attached_to_a_pipeline_do_what_they_do_in_our_sampler(scheduler, hook, rule):
+    pipe = tiny.stable_diffusion(SCHEDULERS[scheduler][0])
+    call = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 3.0}
+    before = pipe(PROMPTS, latents=Z, **call).images
+    seen = hook()
+    for _ in range(2):
+        with attach(pipe, rule, hooks=[seen]):
+            theirs = pipe(PROMPTS, latents=Z, **call).images
+        assert seen.levels == [(k, 4) for k in range(4)]
+    assert seen.starts == 2
+    ours = sample(Denoiser.from_pipeline(pipe), Z, PROMPTS, times=4, guidance=rule or cfg(3.0), hooks=[hook()])
+    close(theirs, ours)
+    assert not torch.allclose(theirs, before, rtol=1e-2)
+    assert torch.equal(pipe(PROMPTS, latents=Z, **call).images, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("make", [tiny.stable_diffusion_xl, tiny.stable_diffusion_3, tiny.pixart])
+def test_hooks_attached_to_other_families(make):
+    pipe = make()
+    size = {} if make is tiny.stable_diffusion_xl else {"height": 8, "width": 8}
+    if make is tiny.pixart:
+        size["use_resolution_binning"] = False
+    call = {"num_inference_steps": 4, "latents": Z, "output_type": "latent", "guidance_scale": 3.0, **size}
+    with attach(pipe, hooks=[Nudge()]):
+        theirs = pipe(PROMPTS, **call).images
+    step = dpmpp_2m if make is tiny.pixart else ddim
+    denoiser = Denoiser.from_pipeline(pipe)
+    close(theirs, sample(denoiser, Z, PROMPTS, times=4, step=step, guidance=cfg(3.0), hooks=[Nudge()]))
+
+
+def test_hooks_attached_to_dit():
+    pipe = tiny.dit()
+    settings = {"guidance_scale": 4.0, "num_inference_steps": 4, "output_type": "np"}
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    denoiser = Denoiser.from_pipeline(pipe)
+    for hook in (Nudge, Shrink):
+        with attach(pipe, cfg(4.0), hooks=[hook()]):
+            theirs = pipe([0, 1], generator=torch.Generator().manual_seed(0), **settings).images
+        ours = denoiser.decode(sample(denoiser, noise, [0, 1], times=4, guidance=cfg(4.0), hooks=[hook()]))
+        close(torch.tensor(theirs).permute(0, 3, 1, 2), ours)
+
+
+def test_hooks_that_only_move_latents_do_not_care_how_the_scheduler_steps():
+    pipe = tiny.stable_diffusion(DPMSolverMultistepScheduler(**SD, steps_offset=1))
+    call = {"num_inference_steps": 4, "latents": Z, "output_type": "latent", "guidance_scale": 3.0}
+    with attach(pipe, hooks=[Nudge()]):
+        theirs = pipe(PROMPTS, **call).images
+    denoiser = Denoiser.from_pipeline(pipe)
+    close(theirs, sample(denoiser, Z, PROMPTS, times=4, guidance=cfg(3.0), step=dpmpp_2m, hooks=[Nudge()]))
+    with pytest.raises(InputError, match="for Shrink"), attach(pipe, hooks=[Shrink()]):
+        pass
+
+
+def test_a_hook_that_fails_leaves_nothing_behind():
+    class Failing(Hook):
+        def before(self, x, level, denoiser, conditions):
+            denoiser(x, level, conditions["cond"])
+            raise RuntimeError("no")
+
+    pipe = tiny.stable_diffusion()
+    call = {"num_inference_steps": 2, "latents": Z, "output_type": "latent"}
+    before = pipe(PROMPTS, **call).images
+    with pytest.raises(RuntimeError, match="no"), attach(pipe, cfg(3.0), hooks=[Failing()]):
+        pipe(PROMPTS, **call)
+    assert torch.equal(pipe(PROMPTS, **call).images, before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
+
+
 def test_attachments_that_cannot_work():
     pipe = tiny.stable_diffusion(DPMSolverMultistepScheduler(**SD, steps_offset=1))
     before = pipe(PROMPTS, num_inference_steps=2, latents=Z, output_type="latent").images

@@ -12,15 +12,19 @@ A technique that needs no more than a prompt also has `steer(denoiser, prompt, *
 parts together: that is what `retouch guide NAME` runs.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retouch.core.diffusion.guidance import Guidance, Sum
+    from retouch.core.diffusion.sampling import Hook
 
 
-def attach(pipeline: Any, guidance: "Guidance | Sum") -> AbstractContextManager[Any]:
-    """Let a guidance steer a pipeline of diffusers inside a block; see `core.diffusion.attach`."""
+def attach(
+    pipeline: Any, guidance: "Guidance | Sum | None" = None, *, hooks: "Sequence[Hook]" = ()
+) -> AbstractContextManager[Any]:
+    """Let a guidance and hooks steer a pipeline of diffusers inside a block; see `core.diffusion.attach`."""
     from retouch.core.diffusion.attach import attach as attached
 
-    return attached(pipeline, guidance)
+    return attached(pipeline, guidance, hooks=hooks)

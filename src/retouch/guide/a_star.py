@@ -30,8 +30,8 @@ sampling. `alpha=0` changes nothing and still measures: see `history` and `maps`
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ from torch import Tensor, nn
 
 from retouch.core.attention import AttentionCall, attention_layers, edit_attention
 from retouch.core.cards import Card
+from retouch.core.diffusion.attach import attach
 from retouch.core.diffusion.denoiser import Condition, Denoiser
-from retouch.core.diffusion.pipelines import network_of
 from retouch.core.diffusion.process import Grid, Level
 from retouch.core.diffusion.sampling import Hook
 from retouch.core.diffusion.steering import Steering
@@ -471,64 +471,15 @@ class AStarGuidance(Hook):
 
     # --- in a pipeline ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def attached(self, pipeline: Any) -> Iterator[Any]:
+    def attached(self, pipeline: Any) -> AbstractContextManager[Any]:
         """Update the latents of a pipeline of diffusers inside the block; it is called as always.
 
-        A hook on its network moves the latents that come in, and the scheduler's step starts from them. Not together
-        with `retouch.guide.attach`, which changes the same batch: use `sample` for sums of techniques.
+        Together with a guidance it is `retouch.guide.attach(pipeline, guidance, hooks=[self])`.
 
         Args:
             pipeline: Stable Diffusion, SDXL, SD3, PixArt, Flux and what is made like them, without extra channels.
         """
-        network, scheduler = network_of(pipeline), pipeline.scheduler
-        busy, change = [False], [None]
-        own, set_before = scheduler.step, vars(scheduler).get("step")
-
-        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if busy[0]:
-                return None
-            named = next((name for name in ("sample", "hidden_states") if name in kwargs), None)
-            x = kwargs[named] if named else args[0]
-            time = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            steps, place = len(scheduler.timesteps), _place(scheduler.timesteps, time)
-            if place == 0:
-                self.reset()
-            change[0] = None
-            if place / steps >= self.stop:
-                return None
-            half = len(x) // 2 if _doubled(pipeline, x) else 0  # the conditional rows are the second half
-            cut = tree_map(lambda v: v[half:] if v.ndim and len(v) == len(x) else v, (args, kwargs))
-
-            def ask(z: Tensor) -> Any:
-                return network(**{**cut[1], named: z}) if named else network(z, *cut[0][1:], **cut[1])
-
-            busy[0] = True
-            try:
-                moved = self._update(network, x[half:], ask, self.concept_tokens, place / max(steps - 1, 1))
-            finally:
-                busy[0] = False
-            change[0] = moved - x[half:]
-            both = torch.cat([moved, moved]) if half else moved
-            return (args, {**kwargs, named: both}) if named else ((both, *args[1:]), kwargs)
-
-        def step(output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if change[0] is not None:
-                scaling = getattr(scheduler, "scale_model_input", lambda ones, _time: ones)
-                factor = scaling(torch.ones_like(change[0][:1]), timestep)  # the network may see the latents scaled
-                sample = sample + (change[0] / factor).to(sample.dtype)
-            return own(output, timestep, sample, *args, **kwargs)
-
-        handle = network.register_forward_pre_hook(enter, with_kwargs=True)
-        scheduler.step = step
-        try:
-            yield pipeline
-        finally:
-            handle.remove()
-            if set_before is None:
-                del scheduler.step  # the class's own is seen again
-            else:
-                scheduler.step = set_before
+        return attach(pipeline, hooks=[self])
 
 
 def steer(
@@ -559,20 +510,6 @@ def steer(
     grid = max(1, side.sample_size // 4) if resolution is None else resolution
     groups = find_tokens(denoiser.tokenizer, prompt, concepts)
     return Steering(hooks=[AStarGuidance(groups, resolution=grid, alpha=alpha, stop=stop)])
-
-
-def _place(timesteps: Tensor, time: Any) -> int:
-    """Which of the steps it is, by the time that the network is told: Flux is told a thousandth of the scheduler's."""
-    now = torch.as_tensor(time, dtype=torch.float64).flatten()[0].cpu()
-    apart = torch.stack([timesteps.double().cpu() - scale * now for scale in (1, 1000)]).abs()
-    return int(apart.argmin()) % len(timesteps)
-
-
-def _doubled(pipeline: Any, x: Tensor) -> bool:
-    """Whether the batch is [uncond, cond]."""
-    told = getattr(pipeline, "do_classifier_free_guidance", None)
-    half = len(x) // 2
-    return bool(told) if told is not None else len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
 
 
 def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:
