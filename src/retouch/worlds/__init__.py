@@ -1,9 +1,9 @@
 """Embedded worlds: small data with exact answers, and reference models trained on it. Nothing is downloaded.
 
 A world is a module with a `KIND` of data and `VARIANTS` of reference models, for which it has `reference(variant)`,
-`quality(variant)` and `build(folder)`; a world without models has none. One of the kind "images", which techniques for
-image classifiers run on, also has `CLASSES`, `data(split)`, `image_processor()` and `train(variant, samples,
-seed=...)`, and its variants in `QUICK` train in seconds.
+`quality(variant)` and `build(folder, seed=..., checkpoint=...)`; a world without models has none. One of the kind
+"images", which techniques for image classifiers run on, also has `CLASSES`, `data(split)`, `image_processor()` and
+`train(variant, samples, seed=...)`, and its variants in `QUICK` train in seconds.
 """
 
 from pathlib import Path

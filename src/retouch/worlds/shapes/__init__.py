@@ -8,6 +8,7 @@
     classification("train", "shape")      images of single things with labels
     layers(scene), visible(scene)         exact RGBA layers and masks, for edits
     oracle.read(images)                   which things are where, and what they look like
+    reference("pipeline"), denoiser("pipeline")   the shipped text-to-image model, and others of `VARIANTS`
     oracle.prompt_fidelity(images, captions), oracle.change_outside(...), oracle.oracle_features(images)
 
 A scene has one to three things (`Distribution` changes that and all else) of 6 shapes, 8 colours, 2 sizes and 4 styles
@@ -18,6 +19,8 @@ images as rendered, down to 32 x 32 pixels; how well it reads blurred and noisy 
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from torch.utils.data import Dataset
 from retouch.core import seeds
 from retouch.core.data import TensorData
 from retouch.core.errors import InputError, one_of, positive
+from retouch.worlds import WEIGHTS
 from retouch.worlds.shapes import oracle
 from retouch.worlds.shapes.captions import (
     RELATIONS,
@@ -38,6 +42,7 @@ from retouch.worlds.shapes.captions import (
     describe,
     parse,
     phrase,
+    reword,
     tokenize,
 )
 from retouch.worlds.shapes.drawing import alphas, check_size, composite, layers, render, silhouettes, visible
@@ -55,6 +60,9 @@ from retouch.worlds.shapes.scenes import (
     Thing,
     scene,
 )
+
+if TYPE_CHECKING:
+    from retouch.core.diffusion.denoiser import Denoiser
 
 __all__ = [
     "ATTRIBUTES",
@@ -79,18 +87,23 @@ __all__ = [
     "Scene",
     "Thing",
     "alphas",
+    "build",
     "caption",
     "classes",
     "classification",
     "composite",
     "data",
+    "denoiser",
     "describe",
     "labels",
     "layers",
     "oracle",
     "parse",
     "phrase",
+    "quality",
+    "reference",
     "render",
+    "reword",
     "scene",
     "silhouettes",
     "tokenize",
@@ -98,7 +111,7 @@ __all__ = [
 ]
 
 KIND = "scenes"
-VARIANTS: tuple[str, ...] = ()
+VARIANTS = ("pipeline", "clip", "pixels", "dit-large", "dit-small")
 CLASSES = SHAPES
 
 
@@ -157,16 +170,38 @@ def data(
     scenes = [scene(split, i, seed=seed, distribution=distribution) for i in range(count)]
     if not paraphrase:
         return Samples(scenes, [caption(s, say=say) for s in scenes], size)
-    captions = []
-    for i, one in enumerate(scenes):
-        draws = torch.rand(1 + len(SAYABLE), generator=seeds.generator(seed, "shapes captions", split, i)).tolist()
-        said = [
-            part
-            for part, u in zip(SAYABLE, draws[1:], strict=True)
-            if part in say and (part in ("shape", "colour") or u < 0.5)
-        ]
-        captions.append(caption(one, say=said, template=int(draws[0] * TEMPLATES)))
+    captions = [
+        reword(one, seeds.generator(seed, "shapes captions", split, i), say=say) for i, one in enumerate(scenes)
+    ]
     return Samples(scenes, captions, size)
+
+
+def reference(variant: str = "pipeline") -> Any:
+    """A shipped model: see `models.references.reference`."""
+    from retouch.worlds.shapes.models import references
+
+    return references.reference(variant)
+
+
+def denoiser(variant: str = "pipeline") -> "Denoiser":
+    """A shipped diffusion model as a denoiser: see `models.references.denoiser`."""
+    from retouch.worlds.shapes.models import references
+
+    return references.denoiser(variant)
+
+
+def quality(variant: str) -> dict[str, float]:
+    """Recorded quality of a shipped model: see `models.references`."""
+    from retouch.worlds.shapes.models import references
+
+    return references.quality(variant)
+
+
+def build(folder: Path = WEIGHTS, *, seed: int = 0, checkpoint: Path | None = None) -> None:
+    """Train the reference models again: see `models.references.build`."""
+    from retouch.worlds.shapes.models import references
+
+    references.build(folder, seed=seed, checkpoint=checkpoint)
 
 
 def classes(*attributes: str) -> tuple[str, ...]:

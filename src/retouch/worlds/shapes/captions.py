@@ -17,6 +17,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
+
 from retouch.core.errors import InputError, nearest, one_of
 from retouch.worlds.shapes.scenes import ATTRIBUTES, BACKGROUNDS, Scene, Thing
 
@@ -93,6 +95,21 @@ def caption(scene: Scene, *, say: Collection[str] = SAYABLE, template: int = 0) 
         template: one of four ways to put it, 0 to 3.
     """
     return phrase(describe(scene, say), template)
+
+
+def reword(scene: Scene, draw: torch.Generator, *, say: Collection[str] = SAYABLE) -> str:
+    """A scene in one of the four ways to put it; size, style, relation and background are each left out half the time.
+
+    Args:
+        scene: the scene.
+        draw: of the way and of what is left out.
+        say: which of `SAYABLE` may be said.
+    """
+    template, *heard = torch.rand(1 + len(SAYABLE), generator=draw).tolist()
+    said = [
+        part for part, u in zip(SAYABLE, heard, strict=True) if part in say and (part in ("shape", "colour") or u < 0.5)
+    ]
+    return caption(scene, say=said, template=int(template * TEMPLATES))
 
 
 def phrase(description: Description, template: int = 0) -> str:

@@ -1,0 +1,198 @@
+"""The reference models of the shapes world: tokenizer, recipes, and what is shipped with its recorded quality."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from retouch.core.diffusion.guidance import cfg
+from retouch.core.diffusion.process import spread
+from retouch.core.diffusion.sampling import sample, unit_noise
+from retouch.core.errors import InputError
+from retouch.worlds import WEIGHTS, shapes
+from retouch.worlds.shapes import oracle
+from retouch.worlds.shapes.captions import VOCABULARY, caption, parse
+from retouch.worlds.shapes.models import architectures, references, training
+
+TINY = {name: replace(recipe, steps=2, batch_size=4, scenes=16) for name, recipe in training.RECIPES.items()}
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------------------
+
+
+def test_every_word_is_one_token_and_all_captions_fit(tmp_path):
+    words = architectures.tokenizer()
+    assert isinstance(words, CLIPTokenizer)
+    assert all(words.tokenize(word) == [f"{word}</w>"] for word in VOCABULARY)
+    scenes = shapes.data("test", count=200, distribution=shapes.Distribution(counts=(3,))).scenes
+    for template in range(shapes.TEMPLATES):
+        texts = [caption(scene, template=template) for scene in scenes]
+        assert max(map(len, words(texts)["input_ids"])) <= architectures.TOKENS
+        assert words.batch_decode(words(texts)["input_ids"], skip_special_tokens=True) == texts
+    assert len(words.tokenize("zebra")) == 5  # spelled, not lost
+    words.save_pretrained(tmp_path)
+    assert CLIPTokenizer.from_pretrained(tmp_path)("a red circle") == words("a red circle")
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_crops_are_parts_of_their_images():
+    images = shapes.data("train", count=3).images
+    parts = training.crops(images, torch.Generator().manual_seed(0))
+    for image, part in zip(images, parts, strict=True):
+        windows = image.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        assert (windows == part).flatten(1).all(1).any()
+
+
+def test_what_is_to_be_read_off_a_caption():
+    texts = ["a large red circle left of a small hatched blue square on gray", "a star"]
+    ids = training.tokens(texts)
+    told = training.readings(texts, ids)
+    words = architectures.tokenizer().convert_ids_to_tokens(ids[0])
+    circle, square = words.index("circle</w>"), words.index("square</w>")
+    assert told["colour"][0, circle] == list(shapes.COLOURS).index("red")
+    assert told["size"][0, square] == list(shapes.SIZES).index("small")
+    assert told["style"][0, circle] == training.IGNORED and told["style"][0, square] == 2
+    assert told["relation"][0, circle] == training.IGNORED
+    assert training.SAID["relation"][told["relation"][0, square]] == "left of"
+    end = words.index("<|endoftext|>")
+    assert told["background"][0, end] == 0 and (told["background"][0, :end] == training.IGNORED).all()
+    assert (told["background"][1] == training.IGNORED).all()
+    assert int((told["shape"] != training.IGNORED).sum()) == 3
+
+
+def test_wordings_say_nothing_but_the_truth():
+    given = training.wordings(12, 0)
+    assert len(given.scenes) == 12 and given.ids.shape == (12, training.WORDINGS, architectures.TOKENS)
+    assert len({text for texts in given.captions for text in texts}) > 30
+    readings = oracle.read(shapes.render(given.scenes, 64))
+    for reading, texts in zip(readings, given.captions, strict=True):
+        assert all(oracle.matches(reading, text)["all"] for text in texts)
+        assert parse(texts[0]).background is None and all(thing.size is None for thing in parse(texts[0]).things)
+
+
+def test_velocity_loss_is_zero_for_a_model_that_knows_the_noise():
+    x0 = torch.randn(6, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def perfect(x, times):
+        alpha, sigma = (spread(value, x) for value in training.PROCESS.levels(times))
+        noise = (x - alpha * x0) / sigma
+        return alpha * noise - sigma * x0
+
+    draw = torch.Generator().manual_seed(0)
+    assert float(training.velocity_loss(perfect, x0, draw)) < 1e-4
+    assert float(training.velocity_loss(lambda x, times: torch.zeros_like(x), x0, draw)) > 0.5
+
+
+def test_latents_are_kept_beside_a_checkpoint(tmp_path):
+    calls = []
+    for _ in range(2):
+        made = training.once(tmp_path / "run", lambda: calls.append(0) or torch.ones(2))
+        assert torch.equal(made, torch.ones(2))
+    assert len(calls) == 1
+    training.once(None, lambda: calls.append(0) or torch.ones(2))
+    assert len(calls) == 2
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    references.build(folder, recipes=TINY, measured=2, checkpoint=folder / "checkpoints")
+    return folder
+
+
+def test_build_writes_every_model_with_recipe_licence_and_quality(built):
+    for variant in shapes.VARIANTS:
+        folder = built / f"shapes-{variant}"
+        recipe = json.loads((folder / "recipe.json").read_text())
+        assert recipe["command"].startswith("retouch worlds build shapes") and "Apache-2.0" in recipe["licence"]
+        assert recipe["recipes"] and all(part["steps"] == 2 for part in recipe["recipes"].values())
+        assert references.quality(variant, folder=built).keys() == shapes.quality(variant).keys()
+        weights = list(folder.rglob("*.safetensors"))
+        assert weights and not list(folder.rglob("*.bin"))
+    assert set(json.loads((built / "shapes-pipeline" / "recipe.json").read_text())["recipes"]) == {
+        "autoencoder",
+        "text",
+        "unet",
+    }
+
+
+def test_build_goes_on_from_its_checkpoints_to_the_same_weights(built):
+    before = (built / "shapes-dit-small" / "diffusion_pytorch_model.safetensors").read_bytes()
+    references.build(built, recipes=TINY, measured=2, checkpoint=built / "checkpoints")
+    assert (built / "shapes-dit-small" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_measures_of_a_model_that_has_learned_nothing(built):
+    found = references.quality("pipeline", folder=built)
+    assert found["bound"] == 0 and found["frechet"] > found["frechet_real"]
+
+
+# --- what is shipped --------------------------------------------------------------------------------------------------
+
+
+def test_the_package_holds_all_weights_in_twenty_megabytes():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+
+
+def test_the_pipeline_is_a_stable_diffusion_pipeline_and_draws_what_is_asked_for():
+    pipe = shapes.reference("pipeline")
+    assert type(pipe) is StableDiffusionPipeline and pipe.unet.dtype == torch.float32
+    prompts = ["a red circle", "a blue square", "a green star", "a yellow heart"]
+    draw = torch.Generator().manual_seed(0)
+    images = pipe(prompts, num_inference_steps=15, guidance_scale=3.0, generator=draw, output_type="pt").images
+    assert oracle.prompt_fidelity(images, prompts)["attributes"] >= 0.75
+
+
+def test_denoisers_take_captions_and_classes():
+    for variant, wish in (("pipeline", "a red circle"), ("pixels", "red circle"), ("dit-small", "red circle")):
+        model = shapes.denoiser(variant)
+        noise = unit_noise(model, 2, torch.Generator().manual_seed(0))
+        images = model.decode(sample(model, noise, wish, times=2, guidance=cfg(2.0)))
+        side = 32 if variant == "pixels" else 64
+        assert images.shape == (2, 3, side, side) and torch.isfinite(images).all()
+    numbered = [
+        sample(model, noise, wish, times=1)
+        for model, noise in [(shapes.denoiser("pixels"), torch.ones(1, 3, 32, 32))]
+        for wish in ("orange square", architectures.CLASSES.index("orange square"))
+    ]
+    assert torch.equal(*numbered)
+
+
+def test_clip_tells_captions_apart():
+    clip = shapes.reference("clip")
+    scenes = shapes.data("test", count=8, distribution=training.SINGLE)
+    with torch.no_grad():
+        scores = references._scores(clip, scenes.images, training.tokens(scenes.captions))
+    assert float((scores.argmax(1) == torch.arange(8)).double().mean()) >= 0.75
+
+
+def test_recorded_quality():
+    """What the world promises of its models; measured by `build` on what is shipped."""
+    pipeline = shapes.quality("pipeline")
+    assert pipeline["single"] >= 95 and pipeline["bound"] >= 70 and pipeline["autoencoded"] >= 98
+    assert pipeline["frechet_real"] < pipeline["frechet"]
+    assert shapes.quality("clip")["zero_shot"] >= 90
+    assert shapes.quality("pixels")["right"] >= 80
+    assert shapes.quality("dit-large")["right"] > shapes.quality("dit-small")["right"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda: shapes.reference("unet"), "variant is 'unet'"),
+        (lambda: shapes.denoiser("clip"), "variant is 'clip'"),
+        (lambda: shapes.quality("vae"), "variant is 'vae'"),
+        (lambda: references._labels([99]), "condition is 99"),
+        (lambda: references._labels(["red cirle"]), "condition is 'red cirle'"),
+    ],
+)
+def test_bad_input(wrong, words):
+    with pytest.raises(InputError, match=words):
+        wrong()
