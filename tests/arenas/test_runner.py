@@ -62,7 +62,7 @@ def guessing(**changes):
         "order": "error",
         "baselines": lambda: entries,
         "pictures": lambda problem: [Picture(image=[[0.0, 1.0]], title="x", group="g")],
-        "answers": lambda problem, solution: [Answer(text=str(solution))],
+        "answers": lambda problem, solution: [Answer(text=str(solution), image=[[0.5]])],
         "words": lambda name, rows: [f"{name}: {len(rows)} rows"],
     }
     return Arena(**{**settings, **changes})
@@ -82,7 +82,9 @@ def test_rows_claims_words_and_evidence(tmp_path):
     assert easy["rows"]["clever"]["settings"] == {"step": 1}
     assert [made["holds"] for made in easy["claims"]] == [True, False]
     assert easy["words"] == ["easy: 3 rows"]
-    assert easy["rows"]["clever"]["answers"] == [{"text": "2", "right": None}]
+    (answer,) = easy["rows"]["clever"]["answers"]
+    assert answer["png"].startswith("data:image/png;base64,")
+    assert {name: answer[name] for name in ("text", "right")} == {"text": "2", "right": None}
     assert easy["pictures"][0]["png"].startswith("data:image/png;base64,")
     assert len(easy["rows"]["clever"]["values"]["seconds"]) == 3
     assert "speedup" in easy["rows"]["clever"]["values"]

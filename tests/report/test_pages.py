@@ -151,6 +151,21 @@ def test_arena_page_is_whole(evidence):
     assert "gap: ours minus 0.5 x worse is -1.25 ± 0.5 %, wanted at most 0 %" in html
 
 
+def test_a_page_shows_what_solutions_draw(evidence):
+    problem = evidence["problems"]["p"]
+    for picture in problem["pictures"]:
+        del picture["png"]
+    for name, row in problem["rows"].items():
+        row["answers"] = [
+            {"text": "", "right": right, "png": f"data:image/png;base64,{name}{right}"} for right in (True, False)
+        ]
+    html = arenas_page([evidence], title="T", lead="L")
+    reader = check_page(html)
+    drawn = [attributes["src"] for tag, attributes in reader.tags if tag == "img"]
+    assert len(drawn) == 8 and len(set(drawn)) == 8  # a row a solution, in the order of the board
+    assert "What each row draws" in html and "sees in the image" not in html
+
+
 def test_claims_in_words(evidence):
     claim = evidence["problems"]["p"]["claims"][0]
     assert claim_numbers({**claim, "difference": None}, evidence) == "not measured"

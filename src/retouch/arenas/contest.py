@@ -72,10 +72,10 @@ class Plot:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A sample on the page, to see what every solution says of it.
+    """A column of the pictures on the page: a sample, to see what every solution says of it, or what is asked for.
 
     Args:
-        image: (h, w) or (c, h, w) in 0 to 1.
+        image: (h, w) or (c, h, w) in 0 to 1, or None where nothing is given but the words.
         title: what it is.
         group: heading it stands under.
     """
@@ -87,10 +87,17 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a solution says of a picture: a short text, and whether that is as it should be (None if that is open)."""
+    """What a solution says of a picture, or makes of what is asked for.
+
+    Args:
+        text: short; may be empty beside an image.
+        right: whether that is as it should be; None if that is open.
+        image: (h, w) or (c, h, w) in 0 to 1, for solutions that draw.
+    """
 
     text: str
     right: bool | None = None
+    image: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)

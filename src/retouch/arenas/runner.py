@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from retouch import __version__
-from retouch.arenas.contest import Arena, Entry, Picture, Terms, judge, mean, standard_error
+from retouch.arenas.contest import Answer, Arena, Entry, Picture, Terms, judge, mean, standard_error
 from retouch.core.checkpoints import atomic_file
 from retouch.core.errors import Diverged, InputError, nearest
 from retouch.core.pictures import png_address
@@ -137,12 +137,20 @@ def _row(arena: Arena, problem: Any, entry: Entry, replicas: int, line: Any) -> 
         "settings": settings,
         "shared_seconds": shared,
         "values": values,
-        "answers": [dataclasses.asdict(answer) for answer in arena.answers(problem, solutions[0])],
+        "answers": [_answer(answer) for answer in arena.answers(problem, solutions[0])],
     }
 
 
 def _picture(picture: Picture) -> dict[str, str]:
-    return {"png": png_address(picture.image), "title": picture.title, "group": picture.group}
+    return {**_png(picture.image), "title": picture.title, "group": picture.group}
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    return {"text": answer.text, "right": answer.right, **_png(answer.image)}
+
+
+def _png(image: Any) -> dict[str, str]:
+    return {} if image is None else {"png": png_address(image)}
 
 
 def _judge(arena: Arena, entries: Sequence[Entry], problem: str, record: dict[str, Any]) -> None:

@@ -13,7 +13,19 @@ from typing import Any
 
 import torch
 
-from retouch.arenas.contest import KIND_NAMES, Arena, Entry, Measure, Plot, Terms, Values, merged, tasks_of
+from retouch.arenas.contest import (
+    KIND_NAMES,
+    Answer,
+    Arena,
+    Entry,
+    Measure,
+    Picture,
+    Plot,
+    Terms,
+    Values,
+    merged,
+    tasks_of,
+)
 from retouch.core import seeds
 from retouch.core.diffusion.denoiser import Denoiser
 
@@ -44,6 +56,8 @@ class Task:
         judge: (what was prepared, samples) -> measures.
         order: measure that the leaderboard is ordered by.
         measures: columns.
+        wishes: what was prepared -> what is asked for, as columns of the page's pictures; None for no pictures.
+        shown: (what was prepared, samples) -> what an entry has made of each of these wishes.
         baselines: entries that are no technique; each names this task in its `problems`.
         plots: pictures of the leaderboard; each names this task in its `problems`.
     """
@@ -54,6 +68,8 @@ class Task:
     judge: Callable[[Any, Any], dict[str, float]]
     order: str
     measures: Mapping[str, Measure]
+    wishes: Callable[[Any], Sequence[Picture]] | None = None
+    shown: Callable[[Any, Any], Sequence[Answer]] | None = None
     baselines: tuple[Entry, ...] = ()
     plots: tuple[Plot, ...] = ()
 
@@ -113,11 +129,11 @@ def timed(
     """
     rows = 0
 
-    def note(_module: Any, args: Any, _output: Any) -> None:
+    def note(_module: Any, args: Any, kwargs: Any, _output: Any) -> None:
         nonlocal rows
-        rows += len(args[0])
+        rows += len(args[0] if args else kwargs["hidden_states"])  # transformers are called by keyword
 
-    handles = [denoiser.model.register_forward_hook(note) for denoiser in denoisers]
+    handles = [denoiser.model.register_forward_hook(note, with_kwargs=True) for denoiser in denoisers]
     start = time.perf_counter()
     try:
         samples = draw()
@@ -137,6 +153,16 @@ def measure(problem: SamplingProblem, outcomes: Sequence[Outcome]) -> Values:
         rows.append({**found, "sampling": 1000 * outcome.seconds, **outcome.own})
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name, math.nan) for row in rows] for name in names}
+
+
+def pictures(problem: SamplingProblem) -> Sequence[Picture]:
+    """The columns: what the first replica asks for."""
+    return () if problem.task.wishes is None else problem.task.wishes(problem.replica(0).given)
+
+
+def answers(problem: SamplingProblem, outcome: Outcome) -> Sequence[Answer]:
+    """A row: what an entry has made of the first replica."""
+    return () if problem.task.shown is None else problem.task.shown(problem.replica(0).given, outcome.samples)
 
 
 MEASURES = {
@@ -167,6 +193,8 @@ def sampling_arena(name: str, question: str) -> Arena:
         orders={task.name: task.order for task in found},
         baselines=lambda: tuple(merged([entry for task in found for entry in task.baselines])),
         kinds={**KIND_NAMES, "oracle": "the aim", "original": "as it is"},
+        pictures=pictures,
+        answers=answers,
         plots=tuple(plot for task in found for plot in task.plots),
     )
 
