@@ -1,8 +1,8 @@
 """Which way of steering a diffusion model keeps to what is asked for, and at what price?
 
 Each file of the folder `tasks` is a problem, each of `entries` a contestant; how they are run is in `arenas.sampling`.
-So far the problems are points of `worlds.gaussians`, where everything is known exactly, and digits without a condition;
-those of text-to-image models come with the trained ones of `worlds.shapes`.
+Some problems are points of `worlds.gaussians`, where everything is known exactly; the others are images of the trained
+models of `worlds.shapes`, whose oracle reads them back, and digits without a condition.
 """
 
 from typing import Any

@@ -3,7 +3,6 @@
 from retouch.arenas.contest import Entry
 from retouch.arenas.guide.entries.ppap import ENTRY as SEVERAL
 from retouch.arenas.guide.entries.ppap import solve
-from retouch.arenas.guide.tasks.classes import NAME
 
 ENTRY = Entry(
     name="ppap_one",
@@ -12,5 +11,6 @@ ENTRY = Entry(
     solve=lambda replica, **settings: solve(replica, experts=1, **settings),
     settings=SEVERAL.settings,
     grid=SEVERAL.grid,
-    problems=(NAME,),
+    shared=SEVERAL.shared,
+    problems=SEVERAL.problems,
 )

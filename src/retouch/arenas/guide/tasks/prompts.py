@@ -1,0 +1,169 @@
+"""Two things are asked for in words, of the shipped text-to-image model: are both there, each with its own colour?
+
+"a red circle and a blue square", and for every second prompt where they are, "a red circle left of a blue square".
+Every prompt is asked for twice with different noise, to see how much is left of the variety that it allows. The
+oracle judges: it reads from an image which things are where.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from retouch.arenas.contest import Answer, Entry, Measure, Picture, Plot
+from retouch.arenas.guide import Outcome, Replica, Task, baseline
+from retouch.arenas.guide.tasks import _shapes as world
+from retouch.core import seeds
+from retouch.core.diffusion.sampling import unit_noise
+from retouch.core.diffusion.steering import Steering
+from retouch.worlds import shapes
+from retouch.worlds.shapes import oracle
+
+NAME = "prompts"
+PROMPTS, IMAGES = 24, 2  # wishes, and images of each
+STEPS, SCALE = 20, 3.0  # of DDIM; of classifier-free guidance, at which the model's quality is recorded
+PAIRS = shapes.Distribution(counts=(2,))
+
+
+@dataclass(frozen=True)
+class Given:
+    """Noise, and a prompt for each sample: all of them in turn, and then all of them again."""
+
+    prompts: tuple[str, ...]
+    noise: Tensor
+    seed: int
+
+
+def said(scene: shapes.Scene, number: int) -> str:
+    """The caption of a scene as the prompt of this number: shapes and colours, and the relation in every second."""
+    return shapes.caption(scene, say=("shape", "colour", "relation") if number % 2 else ("shape", "colour"))
+
+
+def prepare(seed: int, search: bool) -> Given:
+    """Prompts are captions of scenes of the test split."""
+    scenes = shapes.data("test", count=PROMPTS, distribution=PAIRS, seed=seed).scenes
+    prompts = IMAGES * tuple(said(scene, number) for number, scene in enumerate(scenes))
+    return Given(prompts, unit_noise(world.denoiser(), len(prompts), seeds.generator(seed, "noise")), seed)
+
+
+def judge(given: Given, images: Tensor) -> dict[str, float]:
+    """What of the prompts is true of the images, and what the images are like."""
+    readings = oracle.read(images)
+    features = oracle.oracle_features(images, readings)
+    told = oracle.prompt_fidelity(readings, given.prompts)
+    related = [number for number, prompt in enumerate(given.prompts) if shapes.parse(prompt).relations != (None,)]
+    placed = oracle.prompt_fidelity([readings[k] for k in related], [given.prompts[k] for k in related])
+    return {
+        "bound": 100 * told["attributes"],
+        "objects": 100 * told["objects"],
+        "relations": 100 * placed["relations"],
+        "frechet": world.likeness(features, PAIRS.counts),
+        "diversity": world.diversity(features.unflatten(0, (IMAGES, -1)).transpose(0, 1)),
+        "saturation": world.saturation(images),
+    }
+
+
+def wishes(given: Given) -> Sequence[Picture]:
+    """The first prompts."""
+    return [Picture(image=None, title=prompt, group="prompts") for prompt in given.prompts[: world.SHOWN]]
+
+
+def shown(given: Given, images: Tensor) -> Sequence[Answer]:
+    """The images made of them; right if both things are there as said, and where they were said to be."""
+    answers = []
+    for image, prompt in zip(images[: world.SHOWN], given.prompts, strict=False):
+        true = oracle.matches(image, prompt)
+        answers.append(Answer(text="", right=true["attributes"] and true["relations"], image=image))
+    return answers
+
+
+def drawn(replica: Replica, steering: Steering, *, scale: float = SCALE, longer: float = 1.0) -> Outcome:
+    """Images by DDIM, steered, on top of classifier-free guidance unless the steering takes its place.
+
+    Args:
+        replica: noise and prompts.
+        steering: what is added.
+        scale: of classifier-free guidance.
+        longer: what the number of steps is multiplied by.
+    """
+    given, denoiser = replica.given, world.denoiser()
+    # x0 and not x, which at the end of this model's noise levels still has some noise.
+    settings: dict[str, Any] = {"scale": scale, "times": round(longer * STEPS), "last": "x0"}
+
+    def draw() -> Tensor:
+        return denoiser.decode(steering.sample(denoiser, given.noise, list(given.prompts), **settings))
+
+    return world.clocked(len(given.noise), draw)
+
+
+def fitting(prompt: str) -> shapes.Distribution:
+    """Scenes of which a prompt is true, and all else is free."""
+    told = shapes.parse(prompt)
+    words = ("shape", "colour") if told.relations == (None,) else ("shape", "colour", "relation")
+    return shapes.Distribution(
+        counts=PAIRS.counts,
+        shapes=tuple(dict.fromkeys(str(thing.shape) for thing in told.things)),
+        colours=tuple(dict.fromkeys(str(thing.colour) for thing in told.things)),
+        keep=lambda scene: shapes.describe(scene, words) == told,
+    )
+
+
+def real(replica: Replica) -> Outcome:
+    """Scenes of which the prompts are true, drawn anew for each."""
+    given = replica.given
+    seed = seeds.derive(given.seed, "real")
+    scenes = [
+        shapes.scene("test", number, seed=seed, distribution=fitting(prompt))
+        for number, prompt in enumerate(given.prompts)
+    ]
+    return Outcome(shapes.render(scenes, 64))
+
+
+def _cfg(name: str, title: str, scale: float, kind: str = "baseline", longer: float = 1.0, note: str = "") -> Entry:
+    def solve(replica: Replica) -> Outcome:
+        return drawn(replica, Steering(), scale=scale, longer=longer)
+
+    return baseline(NAME, name, title, solve, kind, note=note)
+
+
+TASK = Task(
+    name=NAME,
+    text="Two things are asked for in words, half of the time with their places, of the shapes' text-to-image model in "
+    "20 steps of DDIM.",
+    prepare=prepare,
+    judge=judge,
+    order="bound",
+    measures={
+        "bound": Measure(
+            title="bound", unit="%", better="high", line="Images with both things, each in its own shape and colour."
+        ),
+        "objects": Measure(title="objects", unit="%", better="high", line="Images with both shapes, in any colour."),
+        "relations": Measure(
+            title="relations", unit="%", better="high", line="Of the prompts that tell places, those that are kept."
+        ),
+        "frechet": world.FRECHET,
+        "diversity": world.DIVERSITY,
+        "saturation": world.SATURATION,
+        "each": world.EACH,
+    },
+    wishes=wishes,
+    shown=shown,
+    baselines=(
+        baseline(NAME, "prompts_real", "real scenes", real, "oracle"),
+        _cfg("prompts_cfg_3", "guidance, scale 3", SCALE, "original"),
+        _cfg("prompts_unguided", "no guidance", 1.0),
+        _cfg("prompts_cfg_75", "guidance, scale 7.5", 7.5),
+        _cfg(
+            "prompts_cfg_more",
+            "guidance, 30 steps",
+            SCALE,
+            longer=1.5,
+            note="as many calls as A-STAR has, and as PAG has on top of guidance",
+        ),
+    ),
+    plots=(
+        Plot(kind="scatter", x="frechet", y="bound", text="Prompts kept, and images like scenes?", problems=(NAME,)),
+        Plot(kind="scatter", x="calls", y="bound", text="Prompts kept, at what cost?", problems=(NAME,)),
+    ),
+)
