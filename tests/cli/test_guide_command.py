@@ -93,7 +93,7 @@ def test_a_class_of_dit(retouch, tmp_path):
     ("arguments", "words"),
     [
         (["pog"], "Did you mean pag"),
-        (["pag"], "--pipeline is missing"),
+        (["pag"], "--prompt is missing"),
         (["pag", "--pipeline", "nowhere", "--prompt", "a"], "There is no pipeline at nowhere"),
         (["pag", "--pipeline", "HERE", "--prompt", "a", "--layers", "middle"], "layers is 'middle'"),
         (["pag", "--pipeline", "HERE", "--prompt", "a", "--scale", "-1"], "scale is -1.0"),

@@ -21,12 +21,13 @@ class Shared:
     """What every audit needs to know.
 
     Args:
-        pipeline: folder of a pipeline of diffusers, saved with save_pretrained.
+        pipeline: folder of a pipeline of diffusers, saved with save_pretrained; or one of the package's own small ones:
+            shapes, shapes/dit-large, shapes/dit-small.
         prompt: text, or the number or name of a class for DiT.
         out: new folder for the images, overview.png, findings.json and tensors.safetensors.
     """
 
-    pipeline: str = ""
+    pipeline: str = "shapes"
     prompt: str = ""
     out: Path = Path("retouch-audit")
 
@@ -51,9 +52,8 @@ def run(arguments: Sequence[str]) -> None:
 
 def audit(card: Card, probe: Any, shared: Shared, options: dict[str, Any]) -> None:
     """Check everything, probe, and write what was found: all of it or nothing."""
-    for name in ("pipeline", "prompt"):
-        if not getattr(shared, name):
-            raise InputError(f"--{name} is missing, but must be given")
+    if not shared.prompt:
+        raise InputError("--prompt is missing, but must be given")
     from retouch.core.checkpoints import atomic_folder, save_tensors
 
     with atomic_folder(shared.out) as folder:

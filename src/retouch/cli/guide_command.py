@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from retouch import __version__
 from retouch.core.cards import Card, cards, find
-from retouch.core.errors import InputError, in_range, positive
+from retouch.core.errors import InputError, in_range, nearest, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from retouch.core.diffusion.denoiser import Denoiser
     from retouch.core.diffusion.steering import Steering
+
+EMBEDDED = {"shapes": "pipeline", "shapes/dit-large": "dit-large", "shapes/dit-small": "dit-small"}
 
 
 @dataclasses.dataclass
@@ -25,7 +27,7 @@ class Shared:
 
     Args:
         pipeline: folder of a pipeline of diffusers, saved with save_pretrained: Stable Diffusion, SDXL, SD3, DiT or
-            PixArt.
+            PixArt; or one of the package's own small ones: shapes, shapes/dit-large, shapes/dit-small.
         prompt: text, or the number or name of a class for DiT.
         negative: negative prompt.
         images: how many, with the same noise for both rows.
@@ -35,7 +37,7 @@ class Shared:
         out: new folder for the images, comparison.png and guidance.json.
     """
 
-    pipeline: str = ""
+    pipeline: str = "shapes"
     prompt: str = ""
     negative: str | None = None
     images: int = 4
@@ -49,9 +51,8 @@ class Shared:
         for name in ("images", "steps"):
             positive(f"--{name}", getattr(self, name))
         in_range("--guidance-scale", self.guidance_scale, 0)
-        for name in ("pipeline", "prompt"):
-            if not getattr(self, name):
-                raise InputError(f"--{name} is missing, but must be given")
+        if not self.prompt:
+            raise InputError("--prompt is missing, but must be given")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -76,15 +77,23 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def load_pipeline(name: str) -> Any:
-    """A pipeline of diffusers from a folder."""
-    if not (Path(name) / "model_index.json").exists():
-        raise InputError(f"There is no pipeline at {name}: a folder saved with save_pretrained has a model_index.json")
+    """A pipeline of diffusers from a folder, or an embedded one."""
+    embedded = EMBEDDED.get(name) if not Path(name).exists() else None
+    if embedded is None and not (Path(name) / "model_index.json").exists():
+        raise InputError(
+            f"There is no pipeline at {name}: give a folder saved with save_pretrained, which has a model_index.json, "
+            f"or {', '.join(EMBEDDED)}.{nearest(name, EMBEDDED)}"
+        )
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    if embedded is not None:
+        from retouch.worlds import shapes
+
+        return shapes.reference(embedded)
     return diffusers.DiffusionPipeline.from_pretrained(name, local_files_only=True, use_safetensors=True)
 
 
