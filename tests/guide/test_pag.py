@@ -141,6 +141,18 @@ def test_in_joint_attention_image_tokens_see_themselves_and_the_text(image):
         perturb(call(kind="joint", image=None))
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["boolean", "added to the scores"])
+def test_tokens_that_a_joint_layer_hides_stay_hidden(added):
+    """Padding of the text, a row a sample: no token sees it, perturbed or not."""
+    keys = torch.ones(3, 1, 1, 5, dtype=torch.bool)
+    keys[2, ..., 4] = False
+    mask = torch.zeros(3, 1, 1, 5).masked_fill(~keys, -torch.inf) if added else keys
+    out = perturb(call(kind="joint", image=slice(0, 3), mask=mask))
+    for place in range(3):
+        alone = call(Q[2:, :, [place]], K[2:, :, [place, 3]], V[2:, :, [place, 3]]).original()
+        torch.testing.assert_close(out[2, :, place], alone[0, :, 0])
+
+
 # --- layers -----------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from retouch.worlds.shapes import oracle
 from retouch.worlds.shapes.captions import VOCABULARY, caption, parse
 from retouch.worlds.shapes.models import architectures, references, training
 
-TINY = {name: replace(recipe, steps=2, batch_size=4, scenes=16) for name, recipe in training.RECIPES.items()}
+TINY = {name: replace(recipe, steps=(2,), batch_size=4, scenes=16) for name, recipe in training.RECIPES.items()}
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
@@ -98,6 +98,19 @@ def test_latents_are_kept_beside_a_checkpoint(tmp_path):
     assert len(calls) == 2
 
 
+def test_a_second_cycle_begins_with_the_weights_of_the_first(tmp_path):
+    def trained(steps, checkpoint):
+        model = training.built(lambda: torch.nn.Linear(2, 1), 0)
+        recipe = training.Recipe(steps, 4, 0.1, 8, average=0.5)
+        data = training.TensorData(torch.eye(2).repeat(4, 1), torch.ones(8, 1))
+        recipe.train(model, data, lambda m, b, run: (m(b[0]) - b[1]).square().mean(), seed=0, checkpoint=checkpoint)
+        return model.weight.detach()
+
+    once, twice = trained((3,), tmp_path / "run"), trained((3, 3), tmp_path / "run")
+    assert torch.equal(twice, trained((3, 3), None)) and torch.equal(once, trained((3,), None))
+    assert (1 - twice).square().mean() < (1 - once).square().mean()
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
@@ -110,7 +123,7 @@ def test_build_writes_every_model_with_recipe_licence_and_quality(built):
         folder = built / f"shapes-{variant}"
         recipe = json.loads((folder / "recipe.json").read_text())
         assert recipe["command"].startswith("retouch worlds build shapes") and "Apache-2.0" in recipe["licence"]
-        assert recipe["recipes"] and all(part["steps"] == 2 for part in recipe["recipes"].values())
+        assert recipe["recipes"] and all(part["steps"] == [2] for part in recipe["recipes"].values())
         assert references.quality(variant, folder=built).keys() == shapes.quality(variant).keys()
         weights = list(folder.rglob("*.safetensors"))
         assert weights and not list(folder.rglob("*.bin"))

@@ -139,11 +139,15 @@ def perturb(call: AttentionCall) -> Tensor:
     return torch.cat(parts)
 
 
-def _rows(call: AttentionCall, rows: slice, **changes: Any) -> Tensor:
+def _rows(call: AttentionCall, rows: slice, sees: Tensor | None = None) -> Tensor:
+    """The layer's own attention for some rows, of which each query sees only the keys that `sees` allows as well."""
     mask = call.mask
     if mask is not None and mask.ndim > 2 and len(mask) == len(call.query):
         mask = mask[rows]
-    return call.original(query=call.query[rows], key=call.key[rows], value=call.value[rows], mask=mask, **changes)
+    if sees is not None:
+        own = sees if mask is None else mask
+        mask = own & sees if own.dtype == torch.bool else own.masked_fill(~sees, -torch.inf)
+    return call.original(query=call.query[rows], key=call.key[rows], value=call.value[rows], mask=mask)
 
 
 def _blind(call: AttentionCall, rows: slice) -> Tensor:
@@ -156,8 +160,7 @@ def _blind(call: AttentionCall, rows: slice) -> Tensor:
     place = torch.arange(tokens, device=call.query.device)
     image = torch.zeros_like(place, dtype=torch.bool)
     image[call.image] = True
-    sees = ~(image[:, None] & image) | (place[:, None] == place)
-    return call.original(query=call.query[rows], key=call.key[rows], value=call.value[rows], mask=sees)
+    return _rows(call, rows, ~(image[:, None] & image) | (place[:, None] == place))
 
 
 def pag(scale: float = 3.0, layers: str | Sequence[str] = "mid", *, adaptive_scale: float = 0.0) -> Guidance:
@@ -166,7 +169,8 @@ def pag(scale: float = 3.0, layers: str | Sequence[str] = "mid", *, adaptive_sca
     Args:
         scale: s; the paper has 3 with classifier-free guidance and 5 without. At 0 no branch is added.
         layers: patterns of names of the self-attention layers that are perturbed.
-        adaptive_scale: lowers the scale by so much a timestep, see `pag_adaptive_scale`.
+        adaptive_scale: lowers the scale by so much a timestep, see `pag_adaptive_scale`; only of use where time is a
+            timestep of training, 0 to 1000, and not EDM's sigma.
     """
     in_range("scale", scale, 0)
     in_range("adaptive_scale", adaptive_scale, 0)

@@ -47,15 +47,15 @@ class Recipe:
     """How long and how fast a model learns.
 
     Attributes:
-        steps: of the optimizer.
+        steps: of the optimizer, in each of one or more cycles; a later one begins with the weights of the one before.
         batch_size: samples a step.
-        rate: highest learning rate of a one-cycle schedule.
+        rate: highest learning rate of each cycle's schedule, up and down once.
         scenes: that the data is made of.
         decay: weight decay of AdamW.
         average: decay of the moving average of the weights; None for none.
     """
 
-    steps: int
+    steps: tuple[int, ...]
     batch_size: int
     rate: float
     scenes: int
@@ -73,30 +73,32 @@ class Recipe:
         def scheduler(optimizer: Optimizer, steps: int) -> LRScheduler:
             return OneCycleLR(optimizer, self.rate, total_steps=steps, pct_start=0.05, cycle_momentum=False)
 
-        fit(
-            model,
-            data,
-            objective,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            callbacks=[] if self.average is None else [MovingAverage(self.average)],
-            clip=1.0,
-            checkpoint=None if checkpoint is None else Checkpoint(checkpoint, every=200),
-            seed=seed,
-        )
+        for cycle, steps in enumerate(self.steps):
+            folder = checkpoint / f"cycle-{cycle}" if checkpoint and cycle else checkpoint
+            fit(
+                model,
+                data,
+                objective,
+                steps=steps,
+                batch_size=self.batch_size,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                callbacks=[] if self.average is None else [MovingAverage(self.average)],
+                clip=1.0,
+                checkpoint=None if folder is None else Checkpoint(folder, every=200),
+                seed=seeds.derive(seed, "cycle", cycle) if cycle else seed,
+            )
         model.eval()
 
 
 RECIPES = {
-    "autoencoder": Recipe(3600, 16, 1e-3, 8000),
-    "text": Recipe(600, 64, 2e-3, 12000),
-    "unet": Recipe(6000, 32, 1.5e-3, 16000, average=0.999),
-    "clip": Recipe(1000, 128, 1e-3, 12000, decay=0.1),
-    "pixels": Recipe(3000, 32, 1.5e-3, 8000, average=0.999),
-    "dit-large": Recipe(2000, 48, 1.5e-3, 6000, average=0.999),
-    "dit-small": Recipe(2000, 48, 2e-3, 6000, average=0.999),
+    "autoencoder": Recipe((3600,), 16, 1e-3, 8000),
+    "text": Recipe((600,), 64, 2e-3, 12000),
+    "unet": Recipe((6000,), 32, 1.5e-3, 16000, average=0.999),
+    "clip": Recipe((1000,), 128, 1e-3, 12000, decay=0.1),
+    "pixels": Recipe((3000,), 32, 1.5e-3, 8000, average=0.999),
+    "dit-large": Recipe((2000,), 48, 1.5e-3, 6000, average=0.999),
+    "dit-small": Recipe((2000,), 48, 2e-3, 6000, average=0.999),
 }
 
 
