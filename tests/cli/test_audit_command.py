@@ -94,7 +94,7 @@ def test_a_judge_is_its_model_behind_its_processor(folders):
     ("arguments", "words"),
     [
         (["sagee"], "Did you mean sage"),
-        (["sage", "--prompt", "a"], "--prompt is missing"),
+        (["sage"], "--prompt is missing"),
         (["sage", "--pipeline", "SD", "--prompt", "a"], "classifiers is '', but must name at least two folders"),
         (["sage", "--pipeline", "SD", "--prompt", "a", "--classifiers", "SD,SD"], "has no preprocessor_config.json"),
         (

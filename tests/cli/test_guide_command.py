@@ -69,6 +69,17 @@ def test_other_techniques_of_a_prompt(technique, retouch, pipeline, tmp_path):
     assert (plain != steered).any()
 
 
+def test_without_a_pipeline_it_is_the_embedded_one(retouch, tmp_path):
+    prompt = ["--prompt", "a red circle and a blue square", "--images", 1, "--steps", 2]
+    code, _, err = retouch("guide", "a_star", *prompt, "--words", "circle,square", "--out", tmp_path / "both")
+    assert code == 0, err
+    assert Image.open(tmp_path / "both" / "plain-0.png").size == (64, 64)
+    assert json.loads((tmp_path / "both" / "guidance.json").read_text())["request"]["pipeline"] == "shapes"
+    arguments = ["--pipeline", "shapes/dit-small", "--prompt", "red circle", "--images", 1, "--steps", 2]
+    code, _, err = retouch("guide", "pag", *arguments, "--layers", "blocks.0", "--out", tmp_path / "dit")
+    assert code == 0, err
+
+
 def test_a_class_of_dit(retouch, tmp_path):
     tiny.dit().save_pretrained(tmp_path / "dit")
     arguments = [
@@ -95,6 +106,7 @@ def test_a_class_of_dit(retouch, tmp_path):
         (["pog"], "Did you mean pag"),
         (["pag"], "--prompt is missing"),
         (["pag", "--pipeline", "nowhere", "--prompt", "a"], "There is no pipeline at nowhere"),
+        (["pag", "--pipeline", "shapes/dit", "--prompt", "a"], "Did you mean shapes/dit-small or shapes/dit-large"),
         (["pag", "--pipeline", "HERE", "--prompt", "a", "--layers", "middle"], "layers is 'middle'"),
         (["pag", "--pipeline", "HERE", "--prompt", "a", "--scale", "-1"], "scale is -1.0"),
         (["cfgpp", "--pipeline", "HERE", "--prompt", "a", "--scale", "2"], "scale is 2.0, but must be at most 1.5"),

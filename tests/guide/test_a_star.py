@@ -19,6 +19,7 @@ from retouch.guide.a_star import (
     find_tokens,
     overlap_ratio,
     pairwise_overlap,
+    steer,
 )
 from retouch.guide.cfgpp import cfgpp
 
@@ -537,3 +538,10 @@ def test_bad_maps_and_masks():
         guide.before_step(unet, Z[:1], 3, TEXT[:1])
     with pytest.raises(InputError, match="must have layers in which images attend to text"):
         AStarGuidance([3], resolution=4).before_step(tiny.pixel_unet(), Z[:, :3], 3, {})
+
+
+def test_the_grid_is_found_where_none_is_given():
+    """A quarter of this latent's side is 2, and images attend to text from 8 x 8 and 4 x 4."""
+    denoiser = Denoiser.from_pipeline(tiny.stable_diffusion())
+    (hook,) = steer(denoiser, "a red circle", words="circle").hooks
+    assert hook.size == (4, 4)

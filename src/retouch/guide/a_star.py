@@ -38,12 +38,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retouch.core import seeds
 from retouch.core.attention import AttentionCall, attention_layers, edit_attention
 from retouch.core.cards import Card
 from retouch.core.diffusion.attach import attach
 from retouch.core.diffusion.denoiser import Condition, Denoiser
 from retouch.core.diffusion.process import Grid, Level
-from retouch.core.diffusion.sampling import Hook
+from retouch.core.diffusion.sampling import Hook, unit_noise
 from retouch.core.diffusion.steering import Steering
 from retouch.core.errors import InputError, in_range, one_of, positive
 from retouch.core.models import mode, training_only, tree_map
@@ -497,7 +498,8 @@ def steer(
         denoiser: of a text-to-image pipeline.
         prompt: in which the words are.
         words: the concepts, with commas between them, such as "circle, blue square".
-        resolution: of the attention's grid; a quarter of the latent's side if left out.
+        resolution: of the attention's grid; if left out, that of the model's which is nearest to a quarter of the
+            latent's side, as the paper's 16 is for latents of 64.
         alpha: size of a step at the start.
         stop: share of the sampler's steps at which it ends.
     """
@@ -506,10 +508,26 @@ def steer(
     concepts = [word.strip() for word in words.split(",") if word.strip()]
     if not concepts:
         raise InputError("words is empty, but must name the concepts of the prompt, with commas between them")
-    side: Any = denoiser.model.config
-    grid = max(1, side.sample_size // 4) if resolution is None else resolution
     groups = find_tokens(denoiser.tokenizer, prompt, concepts)
-    return Steering(hooks=[AStarGuidance(groups, resolution=grid, alpha=alpha, stop=stop)])
+    size = _nearest_grid(denoiser) if resolution is None else resolution
+    return Steering(hooks=[AStarGuidance(groups, resolution=size, alpha=alpha, stop=stop)])
+
+
+@torch.no_grad()
+def _nearest_grid(denoiser: Denoiser) -> tuple[int, int]:
+    """The grid from which images attend to text that is nearest to a quarter of the latent's side."""
+    noise = unit_noise(denoiser, 1, seeds.generator(0))
+    grids: set[tuple[int, int]] = set()
+    quarter = tuple(max(1, side // 4) for side in noise.shape[-2:])
+
+    def note(call: AttentionCall) -> Tensor:
+        if call.kind == "cross" and call.grid is not None:
+            grids.add(call.grid)
+        return call.original()
+
+    with mode(denoiser.model, training=False), edit_attention(denoiser.model, note):
+        denoiser(noise, denoiser.process.grid(1).levels[0], denoiser.encode("", 1))
+    return min(sorted(grids), key=lambda grid: abs(math.log(grid[0] / quarter[0])), default=quarter)
 
 
 def _resized(masks: Tensor, size: tuple[int, int]) -> Tensor:

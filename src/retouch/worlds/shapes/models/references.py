@@ -53,16 +53,16 @@ def reference(variant: str = "pipeline", *, folder: Path = WEIGHTS) -> Any:
     import transformers
 
     one_of("variant", variant, VARIANTS)
-    path, dtype = folder / f"shapes-{variant}", torch.float32
+    path = str(folder / f"shapes-{variant}")
     if variant == "pipeline":
-        pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(path, torch_dtype=dtype, safety_checker=None)
-        return quiet(pipeline)
+        pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(path, safety_checker=None)
+        return quiet(pipeline.to(torch.float32))
     if variant == "clip":
-        return transformers.CLIPModel.from_pretrained(path, dtype=dtype).eval()
+        return transformers.CLIPModel.from_pretrained(path, dtype=torch.float32).eval()
     if variant == "pixels":
-        return diffusers.UNet2DModel.from_pretrained(path, torch_dtype=dtype).eval()
-    transformer = diffusers.DiTTransformer2DModel.from_pretrained(path, torch_dtype=dtype)
-    vae = diffusers.AutoencoderKL.from_pretrained(folder / "shapes-pipeline" / "vae", torch_dtype=dtype)
+        return diffusers.UNet2DModel.from_pretrained(path).eval()
+    transformer = diffusers.DiTTransformer2DModel.from_pretrained(path)
+    vae = diffusers.AutoencoderKL.from_pretrained(str(folder / "shapes-pipeline" / "vae"))
     return dit_pipeline(transformer, vae)
 
 
