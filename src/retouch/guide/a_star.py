@@ -518,7 +518,7 @@ def _nearest_grid(denoiser: Denoiser) -> tuple[int, int]:
     """The grid from which images attend to text that is nearest to a quarter of the latent's side."""
     noise = unit_noise(denoiser, 1, seeds.generator(0))
     grids: set[tuple[int, int]] = set()
-    quarter = tuple(max(1, side // 4) for side in noise.shape[-2:])
+    quarter = max(1, noise.shape[-2] // 4), max(1, noise.shape[-1] // 4)
 
     def note(call: AttentionCall) -> Tensor:
         if call.kind == "cross" and call.grid is not None:

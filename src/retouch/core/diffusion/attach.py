@@ -32,7 +32,7 @@ from retouch.core.diffusion.process import Flow, Grid, Level, from_scheduler, ma
 from retouch.core.diffusion.sampling import Hook
 from retouch.core.diffusion.steps import Move
 from retouch.core.errors import InputError
-from retouch.core.models import tree_map
+from retouch.core.models import rows_of, tree_map
 
 STEPPING = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 
@@ -203,7 +203,7 @@ class _Session:
         others = {name: value for name, value in whole.items() if name not in (latents, "timestep")}
         batch, rest = rows_and_rest(others, count)
         places = {name: slice(k * size, (k + 1) * size) for k, name in enumerate(self.halves)}
-        self.conditions = {name: tree_map(lambda t, at=at: t[at], batch) for name, at in places.items()}
+        self.conditions = {name: rows_of(batch, at.start, at.stop) for name, at in places.items()}
         ratio = time / self.level.time if self.level.time else 1.0  # Flux is told a thousandth of the time
 
         def call(model: Any, x: Tensor, times: Tensor, condition: Condition) -> Any:

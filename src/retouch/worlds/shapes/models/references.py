@@ -285,7 +285,7 @@ def build(
 
     vae = training.autoencoder(recipes["autoencoder"], **settings("autoencoder"))
     text = training.text_encoder(recipes["text"], **settings("text"))
-    unet, text = training.unet(recipes["unet"], vae, text, **settings("unet"))
+    unet = training.unet(recipes["unet"], vae, text, **settings("unet"))
     parts = {name: recipes[name] for name in ("autoencoder", "text", "unet")}
     write(folder, "pipeline", text_pipeline(vae, text, unet), parts, seed, measured)
     write(folder, "clip", training.clip(recipes["clip"], **settings("clip")), recipes, seed, measured)
