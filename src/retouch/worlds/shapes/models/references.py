@@ -106,6 +106,7 @@ def scheduler() -> Any:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        steps_offset=1,  # as Stable Diffusion's; with this spacing it shifts nothing
         clip_sample=False,
         set_alpha_to_one=False,
     )
