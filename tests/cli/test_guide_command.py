@@ -76,7 +76,7 @@ def test_without_a_pipeline_it_is_the_embedded_one(retouch, tmp_path):
     assert Image.open(tmp_path / "both" / "plain-0.png").size == (64, 64)
     assert json.loads((tmp_path / "both" / "guidance.json").read_text())["request"]["pipeline"] == "shapes"
     arguments = ["--pipeline", "shapes/dit-small", "--prompt", "red circle", "--images", 1, "--steps", 2]
-    code, _, err = retouch("guide", "pag", *arguments, "--layers", "blocks.0", "--out", tmp_path / "dit")
+    code, _, err = retouch("guide", "pag", *arguments, "--layers", "transformer_blocks.0", "--out", tmp_path / "dit")
     assert code == 0, err
 
 

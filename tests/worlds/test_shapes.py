@@ -11,8 +11,9 @@ import torch
 from retouch.core.data import TensorData
 from retouch.core.errors import InputError
 from retouch.worlds import names, shapes, world
-from retouch.worlds.shapes import oracle, quality
+from retouch.worlds.shapes import oracle, oracle_quality
 from retouch.worlds.shapes.captions import holds
+from retouch.worlds.shapes.models import references
 from retouch.worlds.shapes.scenes import GAP, MARGIN, all_things, extent
 
 
@@ -23,7 +24,7 @@ def scenes(count, split="test", **choices):
 
 def test_the_world_is_found():
     assert "shapes" in names() and world("shapes") is shapes
-    assert shapes.VARIANTS == () and shapes.CLASSES == shapes.SHAPES
+    assert set(shapes.VARIANTS) == set(references.VARIANTS) and shapes.CLASSES == shapes.SHAPES
 
 
 # Scenes
@@ -238,7 +239,7 @@ def test_the_oracle_reads_every_thing_exactly(size):
 def test_the_oracle_reads_every_scene_exactly(size):
     some = scenes(200 if size == 32 else 100, counts=(0, 1, 2, 3))
     readings = oracle.read(shapes.render(some, size))
-    rates = quality.accuracy(readings, some)
+    rates = oracle_quality.accuracy(readings, some)
     assert all(rates[name] == 100 for name in ("background", *shapes.ATTRIBUTES)), rates
     assert rates["count"] == 100 if size == 64 else rates["count"] > 99, rates  # at 32 pixels two may run together
     assert rates["place"] < 0.002
@@ -249,8 +250,10 @@ def test_the_oracle_reads_every_scene_exactly(size):
 @pytest.mark.parametrize(("wear", "size"), [("noise", 64), ("noise and JPEG", 64), ("blur", 64), ("noise", 32)])
 def test_the_oracle_reads_worn_images(wear, size):
     some = scenes(60)
-    images = quality.worn(shapes.render(some, size), **quality.WEAR[wear], generator=torch.Generator().manual_seed(1))
-    rates = quality.accuracy(oracle.read(images), some)
+    images = oracle_quality.worn(
+        shapes.render(some, size), **oracle_quality.WEAR[wear], generator=torch.Generator().manual_seed(1)
+    )
+    rates = oracle_quality.accuracy(oracle.read(images), some)
     assert all(rates[name] >= 99 for name in ("count", "background", *shapes.ATTRIBUTES)), rates
 
 

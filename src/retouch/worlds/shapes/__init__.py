@@ -13,7 +13,7 @@
 
 A scene has one to three things (`Distribution` changes that and all else) of 6 shapes, 8 colours, 2 sizes and 4 styles
 at continuous positions on one of 4 plain backgrounds. Things do not overlap unless asked to. The oracle is exact on
-images as rendered, down to 32 x 32 pixels; how well it reads blurred and noisy ones is recorded in `quality`.
+images as rendered, down to 32 x 32 pixels; how well it reads blurred and noisy ones is recorded in `oracle_quality`.
 """
 
 from collections.abc import Collection, Sequence

@@ -103,7 +103,7 @@ RECIPES = {
     "unet": Recipe((3600,), 32, 1.5e-3, 16000, average=0.999),
     "clip": Recipe((1000,), 128, 1e-3, 12000, decay=0.1),
     "pixels": Recipe((3000,), 32, 1.5e-3, 8000, average=0.999),
-    "dit-large": Recipe((2000, 4000), 48, 1.5e-3, 6000, average=0.999),
+    "dit-large": Recipe((2000,), 48, 1.5e-3, 6000, average=0.999),
     "dit-small": Recipe((2000,), 48, 2e-3, 6000, average=0.999),
 }
 
