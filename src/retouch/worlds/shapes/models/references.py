@@ -301,7 +301,8 @@ def write(
     """One model: half its precision, weights, recipe; then the quality of what is read back."""
     target = folder / f"shapes-{variant}"
     recipe = {name: asdict(recipes[name]) for name in recipes if variant in ("pipeline", name)}
-    made = {"command": f"retouch worlds build shapes --seed {seed}", "licence": LICENCE, "recipes": recipe}
+    command = f"retouch worlds build shapes --seed {seed}"
+    made = {"command": command, "licence": LICENCE, "recipes": recipe, "quality is of samples": measured}
     with atomic_folder(target.with_name(f"{target.name}.new")) as new:
         copy.deepcopy(model).to(torch.float16).save_pretrained(new)
         (new / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")
