@@ -133,14 +133,14 @@ def test_limits_are_the_models_alone():
 @pytest.mark.parametrize("size", [32, 64])
 def test_the_judge_tells_right_images_from_those_of_other_prompts(size):
     classes = [name for name in world.CLASSES if "circle" in name or "star" in name]
-    prompts = [world.prompt(name) for name in classes]
     images = world.rendered(classes, size, seed=0)
-    right, wrong = world.judge(images, prompts), world.judge(images.roll(1, 0), prompts)
+    given = world.Asked(noise=images, classes=classes, seed=0)
+    right, wrong = world.judge(given, images), world.judge(given, images.roll(1, 0))
     assert right["right"] > 90 and wrong["right"] == 0 and right["valid"] == wrong["valid"] > 90
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
-    assert world.judge(noise, prompts)["frechet"] > 2 * right["frechet"]
-    assert [answer.right for answer in world.shown(images, prompts)] == [True] * world.SHOWN
-    assert [picture.title for picture in world.wishes(prompts)] == prompts[: world.SHOWN]
+    assert world.judge(given, noise)["frechet"] > 2 * right["frechet"]
+    assert [answer.right for answer in world.shown(given, images)] == [True] * world.SHOWN
+    assert [picture.title for picture in world.wishes(given)] == given.prompts[: world.SHOWN]
 
 
 def test_every_class_is_asked_for_as_often(monkeypatch):

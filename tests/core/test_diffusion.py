@@ -564,6 +564,28 @@ def test_hooks_that_only_move_latents_do_not_care_how_the_scheduler_steps():
         pass
 
 
+def test_a_block_inside_of_another_is_refused():
+    pipe, other = tiny.stable_diffusion(), tiny.stable_diffusion()
+    with attach(pipe, perturb(2.0)):
+        with pytest.raises(InputError, match="has something attached already"), attach(pipe, hooks=[Nudge()]):
+            pass
+        with attach(other, cfg(2.0)):
+            pass
+    with attach(pipe, cfg(2.0)):
+        pass
+
+
+def test_hooks_start_anew_where_a_run_begins_in_the_middle():
+    pipe, hook = tiny.stable_diffusion(), Nudge()
+    with attach(pipe, hooks=[hook]):
+        for _ in range(2):
+            pipe.scheduler.set_timesteps(4)
+            for time in pipe.scheduler.timesteps[2:]:
+                noise = pipe.unet(Z, time, encoder_hidden_states=torch.zeros(2, 12, 8)).sample
+                pipe.scheduler.step(noise, time, Z)
+    assert hook.starts == 2 and hook.levels == [(2, 4), (3, 4)]
+
+
 def test_a_hook_that_fails_leaves_nothing_behind():
     class Failing(Hook):
         def before(self, x, level, denoiser, conditions):

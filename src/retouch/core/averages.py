@@ -1,6 +1,8 @@
 """An exponential moving average of the weights, kept while training, as diffusion models are sampled from.
 
-fit(model, data, objective, callbacks=[MovingAverage(0.999)])     # the model ends with the averaged weights
+    fit(model, data, objective, callbacks=[MovingAverage(0.999)])
+
+The model ends with the averaged weights; a checkpoint holds both, so that a resumed run has the same average.
 """
 
 from typing import Any
@@ -37,7 +39,7 @@ class MovingAverage(Callback):
     @torch.no_grad()
     def on_end(self, run: Run) -> None:
         """The model takes the average."""
-        if run.step >= run.steps or run._stopping:
+        if run.over:
             for parameter, mean in zip(self._followed(run), self.average, strict=True):
                 parameter.copy_(mean)
 

@@ -152,6 +152,11 @@ class Run:
         """End the run after this step."""
         self._stopping = True
 
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done, or the run was told to stop."""
+        return self.step >= self.steps or self._stopping
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -333,7 +338,7 @@ class _Loop:
                 _metrics_file(run, log) as lines,
                 bar("training", run.steps, show=self.progress, done=run.step) as line,
             ):
-                while run.step < run.steps and not run._stopping:
+                while not run.over:
                     self.epoch(run, stepper, lines, line)
                 self.save(run)
         finally:
@@ -361,7 +366,7 @@ class _Loop:
             line.advance(note=f"loss {run.history.records[-1]['loss']:.4g}")
             if self.checkpoint and self.checkpoint.every and run.step % self.checkpoint.every == 0:
                 self.save(run)
-            if run.step >= run.steps or run._stopping:
+            if run.over:
                 return
             run.reseed("step", run.step)
         if run.step == first and run.index == 0:

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from retouch.core.diffusion.steps import Move
 from retouch.core.errors import InputError
 from retouch.core.models import rows_of, tree_map
 
+ATTACHED: WeakSet[Any] = WeakSet()  # networks: two blocks would each split and widen the other's batch
 STEPPING = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 
 
@@ -51,22 +53,27 @@ def attach(pipeline: Any, guidance: Guidance | Sum | None = None, *, hooks: Sequ
         The pipeline.
 
     Raises:
-        InputError: in the call, if a rule needs the unconditional branch and the pipeline was told to do without
-            (guidance_scale of 1), or needs a step that the scheduler does not make.
+        InputError: if the pipeline is in such a block already; in the call, if a rule needs the unconditional branch
+            and the pipeline was told to do without (guidance_scale of 1); if one needs a step that the scheduler does
+            not make.
     """
     session = _Session(pipeline, as_sum(guidance), hooks)
     scheduler, network = pipeline.scheduler, network_of(pipeline)
-    if session.particular and type(scheduler).__name__ not in STEPPING:
+    if session.demanding and type(scheduler).__name__ not in STEPPING:
         raise InputError(
             f"The pipeline's scheduler is a {type(scheduler).__name__}, but must be one of {', '.join(STEPPING)} for "
-            f"{session.particular}"
+            f"{session.demanding}"
         )
+    if network in ATTACHED:
+        raise InputError("pipeline has something attached already: attach a sum of rules, and all hooks, in one block")
     with ExitStack() as stack:
+        ATTACHED.add(network)
+        stack.callback(ATTACHED.discard, network)
         stack.enter_context(session.rules.attached(network))
         stack.callback(network.register_forward_pre_hook(session.widen, with_kwargs=True).remove)
         stack.callback(network.register_forward_hook(session.narrow).remove)
         stack.callback(network.register_forward_hook(session.forget, always_call=True).remove)
-        if session.particular or hooks:
+        if session.demanding or hooks:
             outer = vars(scheduler).get("step")  # of another block around this one
             scheduler.step = session.stepping(scheduler.step)
             stack.callback(lambda: delattr(scheduler, "step") if outer is None else setattr(scheduler, "step", outer))
@@ -85,15 +92,16 @@ class _Session:
             for hook in hooks
             if type(hook).predicted is not Hook.predicted or type(hook).after is not Hook.after
         ]
-        self.particular = names[0] if names else ""
+        self.demanding = names[0] if names else ""
         self.mixes = bool(rules.parts or names)  # else the pipeline mixes its halves as always
-        self.asking = False  # a hook asks the network itself
         self.moved: Tensor | None = None  # by how much hooks have moved the latents
         self.move: Move | None = None
         self.turn = -1 if "DiT" in type(pipeline).__name__ else 1  # DiT's pipeline has the conditional half first
         self.correction: Tensor | None = None
         self.context: Any = None
+        self.asking = False  # a hook asks the network itself
         self.steps: int | None = None  # that the grid is for
+        self.index: int | None = None  # of the step before
 
     def widen(self, _model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Before the network: rows of all branches that are active."""
@@ -174,7 +182,7 @@ class _Session:
                 factor = scaling(torch.ones_like(self.moved[:1]), timestep)  # the network may see the latents scaled
                 sample = sample + like(self.moved / factor, sample)
             result = own(model_output, timestep, sample, *args, **kwargs)
-            if not self.particular:
+            if not self.demanding:
                 return result
             moved = result[0] if isinstance(result, tuple) else result.prev_sample
             there = self.grid.levels[self.level.index + 1]
@@ -209,35 +217,38 @@ class _Session:
         def call(model: Any, x: Tensor, times: Tensor, condition: Condition) -> Any:
             return model(**{latents: x, "timestep": times * ratio if ratio != 1 else times, **rest, **condition})
 
-        process = from_scheduler(self.pipeline.scheduler)
-        self.denoiser = Denoiser(network_of(self.pipeline), process, predicts=self._predicts(), call=call)
+        self.denoiser = Denoiser(network_of(self.pipeline), self.process, predicts=self._predicts(), call=call)
         x = before = self.x[places["cond"]]
-        self.asking = True
-        try:
+        first = self.index is None or self.level.index == 0 or self.level.index < self.index
+        self.index = self.level.index
+        with self._asking():
             for hook in self.hooks:
-                if self.level.index == 0:
+                if first:
                     hook.start(x, self.grid)
                 x = hook.before(x, self.level, self.denoiser, self.conditions).detach()
-        finally:
-            self.asking = False
         self.moved = x - before
         return like(x, self.x)
 
     def _ask(self, x: Tensor, level: Level) -> Prediction:
         """The conditional prediction elsewhere, for hooks that ask again."""
+        with self._asking():
+            return self.denoiser(x, level, self.conditions["cond"])
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
         self.asking = True
         try:
-            return self.denoiser(x, level, self.conditions["cond"])
+            yield
         finally:
             self.asking = False
 
     def _level(self, time: float) -> Level:
         scheduler = self.pipeline.scheduler
         if self.steps != scheduler.num_inference_steps:
-            process, self.steps = from_scheduler(scheduler), scheduler.num_inference_steps
-            self.flow = isinstance(process, Flow)
+            self.process, self.steps = from_scheduler(scheduler), scheduler.num_inference_steps
+            self.flow = isinstance(self.process, Flow)
             # How a family sets up a flow is its pipeline's knowledge; what it has set is in the scheduler.
-            self.grid = flow_levels(scheduler) if self.flow else process.grid(self.steps)
+            self.grid = flow_levels(scheduler) if self.flow else self.process.grid(self.steps)
 
         def apart(level: Level) -> float:
             return min(abs(level.time - time), abs(level.time - 1000 * time))  # Flux tells its network a thousandth

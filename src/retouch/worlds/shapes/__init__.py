@@ -44,6 +44,7 @@ from retouch.worlds.shapes.captions import (
     phrase,
     reword,
     tokenize,
+    with_article,
 )
 from retouch.worlds.shapes.drawing import alphas, check_size, composite, layers, render, silhouettes, visible
 from retouch.worlds.shapes.scenes import (
@@ -108,6 +109,7 @@ __all__ = [
     "silhouettes",
     "tokenize",
     "visible",
+    "with_article",
 ]
 
 KIND = "scenes"

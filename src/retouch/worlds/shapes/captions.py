@@ -141,8 +141,12 @@ def _things(description: Description, forms: dict[str, str]) -> str:
 
 def _noun(mention: Mention) -> str:
     words = [mention.size, mention.style, mention.colour, mention.shape or "thing"]
-    text = " ".join(word for word in words if word)
-    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+    return with_article(" ".join(word for word in words if word))
+
+
+def with_article(noun: str) -> str:
+    """A noun or a name of a class as a caption has it, such as "an orange star"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _any(words: Collection[str]) -> str:

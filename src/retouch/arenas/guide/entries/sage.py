@@ -13,6 +13,7 @@ from retouch.arenas.guide.tasks import failing
 from retouch.arenas.guide.tasks.failing import NAME, Found, Given
 from retouch.audit.sage import search_latent
 from retouch.core import seeds
+from retouch.worlds import shapes
 
 
 class Once:
@@ -56,7 +57,7 @@ def solve(replica: Replica, *, latents: int = 8, steps: int = 7, step_size: floa
 
 def one_prompt(given: Given, found: Found, name: str, start: Tensor, *, steps: int, step_size: float) -> None:
     """Search latents of one prompt, and hand in those that CLIP or the oracle takes for failures."""
-    label, prompt = world.CLASSES.index(name), world.prompt(name)
+    label, prompt = world.CLASSES.index(name), shapes.with_article(name)
     make = given.generator(start)
     sampler = Once(make.sampler(prompt), found.total)
 

@@ -4,6 +4,7 @@ A class is "red circle" and the like; an image is right if the oracle reads one 
 is what was asked for.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 from retouch.arenas.contest import Answer, Measure, Picture
+from retouch.arenas.guide import Outcome, Replica
 from retouch.core import seeds
 from retouch.core.diffusion.denoiser import Denoiser
 from retouch.core.metrics.frechet import frechet_distance
 from retouch.worlds import shapes
 from retouch.worlds.shapes import oracle
-from retouch.worlds.shapes.scenes import COLOURS, SHAPES, Distribution, Scene
+from retouch.worlds.shapes.models import training
+from retouch.worlds.shapes.scenes import COLOURS, SHAPES, Scene
 
-SINGLE = Distribution(counts=(1,))
 CLASSES = shapes.classes("colour", "shape")
 HELD_OUT = 480  # scenes that distances are measured to, the same for all
 SHOWN = 6  # images on the page
@@ -36,6 +38,26 @@ MEASURES = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is asked for, and from what noise.
+
+    Attributes:
+        noise: a sample each.
+        classes: a name each, such as "red circle" or "circle".
+        seed: of further draws.
+    """
+
+    noise: Tensor
+    classes: list[str]
+    seed: int
+
+    @property
+    def prompts(self) -> list[str]:
+        """The classes as the oracle is asked for them."""
+        return [shapes.with_article(name) for name in self.classes]
+
+
 @functools.cache
 def denoiser(variant: str) -> Denoiser:
     """A shipped model, loaded once for all replicas."""
@@ -48,25 +70,15 @@ def every_class(times: int, seed: int) -> list[str]:
     return [CLASSES[number % len(CLASSES)] for number in order]
 
 
-def prompt(noun: str) -> str:
-    """A class as the oracle is asked for it."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
 def batches(draw: Callable[[slice], Tensor], count: int) -> Tensor:
     """Samples drawn in parts of 48: at the small end of what is fastest, and little memory."""
     return torch.cat([draw(slice(start, start + BATCH)) for start in range(0, count, BATCH)])
 
 
-def judge(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
-    """Right, distance and valid.
-
-    Args:
-        images: (n, 3, size, size) in 0 to 1.
-        prompts: one an image.
-    """
+def judge(given: Asked, images: Tensor) -> dict[str, float]:
+    """Right, distance and valid, of images (n, 3, size, size) in 0 to 1."""
     readings = oracle.read(images)
-    told = oracle.prompt_fidelity(readings, prompts)
+    told = oracle.prompt_fidelity(readings, given.prompts)
     distance = frechet_distance(oracle.oracle_features(images, readings), held_out(images.shape[-1]))
     return {RIGHT: 100 * told["all"], DISTANCE: distance, VALID: 100 * told["valid"]}
 
@@ -74,28 +86,35 @@ def judge(images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
 @functools.cache
 def held_out(size: int) -> Tensor:
     """Oracle features of scenes of single things that no model was trained on."""
-    return oracle.oracle_features(shapes.data("test", size=size, count=HELD_OUT, distribution=SINGLE).images)
+    return oracle.oracle_features(shapes.data("test", size=size, count=HELD_OUT, distribution=training.SINGLE).images)
+
+
+def real(replica: Replica, size: int) -> Outcome:
+    """Scenes of the classes asked for, drawn by the world itself: what the best model could do."""
+    given: Asked = replica.given
+    return Outcome(rendered(given.classes, size, given.seed))
 
 
 def rendered(classes: Sequence[str], size: int, seed: int) -> Tensor:
-    """Scenes of the classes asked for, drawn by the world itself: what the best model could do."""
-    return shapes.render([_scene(name, size, seeds.derive(seed, i)) for i, name in enumerate(classes)], size)
+    """A scene (n, 3, size, size) of each class."""
+    return shapes.render([_scene(name, seeds.derive(seed, i)) for i, name in enumerate(classes)], size)
 
 
-def _scene(name: str, size: int, seed: int) -> Scene:
+def _scene(name: str, seed: int) -> Scene:
     words = name.split()
     colours = tuple(word for word in words if word in COLOURS) or tuple(COLOURS)
     shaped = tuple(word for word in words if word in SHAPES) or SHAPES
-    distribution = Distribution(counts=(1,), colours=colours, shapes=shaped)
-    return shapes.data("test", size=size, count=1, distribution=distribution, seed=seed).scenes[0]
+    return shapes.scene(
+        "test", 0, seed=seed, distribution=dataclasses.replace(training.SINGLE, colours=colours, shapes=shaped)
+    )
 
 
-def wishes(prompts: Sequence[str]) -> list[Picture]:
+def wishes(given: Asked) -> list[Picture]:
     """The first prompts, as columns of the page's pictures."""
-    return [Picture(image=None, title=text, group="prompts") for text in prompts[:SHOWN]]
+    return [Picture(image=None, title=text, group="prompts") for text in given.prompts[:SHOWN]]
 
 
-def shown(images: Tensor, prompts: Sequence[str]) -> list[Answer]:
+def shown(given: Asked, images: Tensor) -> list[Answer]:
     """The images made of the first prompts, and whether each is right."""
-    pairs = zip(images[:SHOWN], prompts[:SHOWN], strict=True)
+    pairs = zip(images[:SHOWN], given.prompts[:SHOWN], strict=True)
     return [Answer(text="", right=oracle.matches(image, text)["all"], image=image) for image, text in pairs]

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from retouch.arenas.contest import Answer, Picture
 from retouch.arenas.guide import Outcome, Replica, Task, baseline, timed
 from retouch.arenas.guide.tasks import _classes as world
 from retouch.arenas.guide.tasks.classes import AtNoise
@@ -39,20 +38,13 @@ ITERATIONS = 300  # of experts
 SYNTHETIC = 360  # images that the model makes for those who train on such
 
 
-@dataclass(frozen=True)
-class Given:
-    """An unconditional model, a classifier of clean images, noise and what is asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Given(world.Asked):
+    """An unconditional model, a classifier of clean images, noise and what is asked for, in numbers as well."""
 
     denoiser: Denoiser
     classifier: nn.Module
-    noise: Tensor
     labels: Tensor
-    seed: int
-
-    @property
-    def prompts(self) -> list[str]:
-        """The shapes in words."""
-        return [world.prompt(SHAPES[number]) for number in self.labels.tolist()]
 
 
 class Preserving(nn.Module):
@@ -125,26 +117,11 @@ def synthetic() -> Tensor:
 def prepare(seed: int, search: bool) -> Given:
     """Model and classifier are the same in all replicas."""
     model = world.denoiser("pixels")
-    labels = torch.arange(TIMES * len(SHAPES))[
-        torch.randperm(TIMES * len(SHAPES), generator=seeds.generator(seed, "shapes"))
-    ]
+    order = torch.randperm(TIMES * len(SHAPES), generator=seeds.generator(seed, "shapes"))
+    labels = order % len(SHAPES)
     noise = unit_noise(model, len(labels), seeds.generator(seed, "noise"))
-    return Given(denoiser(), classifier(), noise, labels % len(SHAPES), seed)
-
-
-def judge(given: Given, images: Tensor) -> dict[str, float]:
-    """What the oracle says."""
-    return world.judge(images, given.prompts)
-
-
-def wishes(given: Given) -> list[Picture]:
-    """The first shapes."""
-    return world.wishes(given.prompts)
-
-
-def shown(given: Given, images: Tensor) -> list[Answer]:
-    """What was made of them."""
-    return world.shown(images, given.prompts)
+    classes = [SHAPES[number] for number in labels.tolist()]
+    return Given(denoiser=denoiser(), classifier=classifier(), noise=noise, classes=classes, labels=labels, seed=seed)
 
 
 def steered(replica: Replica, hooks: Any, condition: Any = None) -> Outcome:
@@ -193,11 +170,11 @@ TASK = Task(
     name=NAME,
     text="A classifier of clean images steers a model of pixels, which is told no class, to the shape asked for.",
     prepare=prepare,
-    judge=judge,
+    judge=world.judge,
     order=world.RIGHT,
     measures=world.MEASURES,
-    wishes=wishes,
-    shown=shown,
+    wishes=world.wishes,
+    shown=world.shown,
     baselines=(
         _baseline("pixels_unguided", "no guidance", unguided, "original"),
         _baseline(

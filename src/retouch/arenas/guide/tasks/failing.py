@@ -95,7 +95,7 @@ class ZeroShot:
         from retouch.worlds.shapes.models.training import tokens
 
         self.clip = clip.eval().requires_grad_(False)
-        self.ids = tokens([world.prompt(name) for name in world.CLASSES])
+        self.ids = tokens([shapes.with_article(name) for name in world.CLASSES])
 
     def __call__(self, images: Tensor) -> Tensor:
         """Gradients pass to the pixels."""
@@ -164,7 +164,7 @@ def random_search(given: Given) -> Found:
     while found.total < BUDGET:
         count = min(BATCH, BUDGET - found.total)
         places = range(found.total, found.total + count)
-        prompts = [world.prompt(given.classes[place % len(given.classes)]) for place in places]
+        prompts = [shapes.with_article(given.classes[place % len(given.classes)]) for place in places]
         latents = torch.randn(count, *SHAPE, generator=draw)
         make = given.generator(latents)
         with torch.no_grad():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from retouch.arenas.contest import Answer, Picture, Plot
+from retouch.arenas.contest import Plot
 from retouch.arenas.guide import Outcome, Replica, Task, baseline, timed
 from retouch.arenas.guide.tasks import _classes as world
 from retouch.core import seeds
@@ -23,41 +23,19 @@ TIMES, STEPS = 2, 5  # images a class; steps
 SIZE = 32
 
 
-@dataclass(frozen=True)
-class Given:
+@dataclass(frozen=True, kw_only=True)
+class Given(world.Asked):
     """A model, noise and classes."""
 
     denoiser: Denoiser
-    noise: Tensor
-    classes: list[str]
-    seed: int
-
-    @property
-    def prompts(self) -> list[str]:
-        """The classes in words."""
-        return [world.prompt(name) for name in self.classes]
 
 
 def prepare(seed: int, search: bool) -> Given:
     """The model is the same in all replicas."""
     denoiser = world.denoiser("pixels")
     classes = world.every_class(TIMES, seed)
-    return Given(denoiser, unit_noise(denoiser, len(classes), seeds.generator(seed, "noise")), classes, seed)
-
-
-def judge(given: Given, images: Tensor) -> dict[str, float]:
-    """What the oracle says."""
-    return world.judge(images, given.prompts)
-
-
-def wishes(given: Given) -> list[Picture]:
-    """The first classes."""
-    return world.wishes(given.prompts)
-
-
-def shown(given: Given, images: Tensor) -> list[Answer]:
-    """What was made of them."""
-    return world.shown(images, given.prompts)
+    noise = unit_noise(denoiser, len(classes), seeds.generator(seed, "noise"))
+    return Given(denoiser=denoiser, noise=noise, classes=classes, seed=seed)
 
 
 def drawn(replica: Replica, steer: Callable[[Denoiser], Steering] | None = None, steps: int | None = None) -> Outcome:
@@ -84,12 +62,6 @@ def twice(replica: Replica) -> Outcome:
     return drawn(replica, steps=2 * STEPS)
 
 
-def real(replica: Replica) -> Outcome:
-    """Scenes of the classes asked for."""
-    given = replica.given
-    return Outcome(world.rendered(given.classes, SIZE, given.seed))
-
-
 _baseline = functools.partial(baseline, NAME)
 
 
@@ -97,15 +69,15 @@ TASK = Task(
     name=NAME,
     text="A class-conditional model of pixels draws shapes in 5 steps of Heun.",
     prepare=prepare,
-    judge=judge,
+    judge=world.judge,
     order=world.DISTANCE,
     measures=world.MEASURES,
-    wishes=wishes,
-    shown=shown,
+    wishes=world.wishes,
+    shown=world.shown,
     baselines=(
         _baseline("heun_5", "5 steps", plain, "original"),
         _baseline("heun_10", "10 steps", twice),
-        _baseline("pixels_real", "scenes of these classes", real, "oracle"),
+        _baseline("pixels_real", "scenes of these classes", functools.partial(world.real, size=SIZE), "oracle"),
     ),
     plots=(
         Plot(kind="scatter", x="calls", y=world.DISTANCE, text="Near held-out scenes, at what cost?", problems=(NAME,)),

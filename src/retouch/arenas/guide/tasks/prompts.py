@@ -5,6 +5,7 @@ Every prompt is asked for twice with different noise, to see how much is left of
 oracle judges: it reads from an image which things are where.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,12 @@ from retouch.core.diffusion.sampling import unit_noise
 from retouch.core.diffusion.steering import Steering
 from retouch.worlds import shapes
 from retouch.worlds.shapes import oracle
+from retouch.worlds.shapes.models import training
 
 NAME = "prompts"
 PROMPTS, IMAGES = 24, 2  # wishes, and images of each
 STEPS, SCALE = 20, 3.0  # of DDIM; of classifier-free guidance, at which the model's quality is recorded
-PAIRS = shapes.Distribution(counts=(2,))
+PAIRS = dataclasses.replace(training.SCENES, counts=(2,))
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ def fitting(prompt: str) -> shapes.Distribution:
     """Scenes of which a prompt is true, and all else is free."""
     told = shapes.parse(prompt)
     words = ("shape", "colour") if told.relations == (None,) else ("shape", "colour", "relation")
-    return shapes.Distribution(
-        counts=PAIRS.counts,
+    return dataclasses.replace(
+        PAIRS,
         shapes=tuple(dict.fromkeys(str(thing.shape) for thing in told.things)),
         colours=tuple(dict.fromkeys(str(thing.colour) for thing in told.things)),
         keep=lambda scene: shapes.describe(scene, words) == told,

@@ -34,9 +34,7 @@ class Given:
 def prepare(seed: int, search: bool) -> Given:
     """Scenes of the test split with all that can be said of them."""
     data = shapes.data("test", count=COUNT, distribution=training.SCENES, seed=seed)
-    autoencoder = world.pipeline().vae
-    latents = training.encoded(autoencoder, data.images) * autoencoder.config.scaling_factor
-    return Given(data.images, tuple(data.captions), latents)
+    return Given(data.images, tuple(data.captions), training.scaled(world.pipeline().vae, data.images))
 
 
 def judge(given: Given, latents: Tensor) -> dict[str, float]:

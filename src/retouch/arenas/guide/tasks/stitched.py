@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retouch.accelerate.t_stitch import stitch, stitched_cost
-from retouch.arenas.contest import Answer, Measure, Picture, Plot
+from retouch.arenas.contest import Measure, Plot
 from retouch.arenas.guide import Outcome, Replica, Task, baseline, timed
 from retouch.arenas.guide.tasks import _classes as world
 from retouch.core import seeds
@@ -26,20 +26,12 @@ RATIO = 0.4  # the paper's
 SIZE = 64
 
 
-@dataclass(frozen=True)
-class Given:
+@dataclass(frozen=True, kw_only=True)
+class Given(world.Asked):
     """Two models, noise and classes."""
 
     small: Denoiser
     large: Denoiser
-    noise: Tensor
-    classes: list[str]
-    seed: int
-
-    @property
-    def prompts(self) -> list[str]:
-        """The classes in words."""
-        return [world.prompt(name) for name in self.classes]
 
 
 def prepare(seed: int, search: bool) -> Given:
@@ -47,22 +39,7 @@ def prepare(seed: int, search: bool) -> Given:
     small, large = world.denoiser("dit-small"), world.denoiser("dit-large")
     classes = world.every_class(TIMES, seed)
     noise = unit_noise(large, len(classes), seeds.generator(seed, "noise"))
-    return Given(small, large, noise, classes, seed)
-
-
-def judge(given: Given, images: Tensor) -> dict[str, float]:
-    """What the oracle says."""
-    return world.judge(images, given.prompts)
-
-
-def wishes(given: Given) -> list[Picture]:
-    """The first classes."""
-    return world.wishes(given.prompts)
-
-
-def shown(given: Given, images: Tensor) -> list[Answer]:
-    """What was made of them."""
-    return world.shown(images, given.prompts)
+    return Given(small=small, large=large, noise=noise, classes=classes, seed=seed)
 
 
 @functools.lru_cache(maxsize=4)
@@ -127,12 +104,6 @@ def fewer(replica: Replica) -> Outcome:
     return drawn(replica, replica.given.large, steps / STEPS, steps)
 
 
-def real(replica: Replica) -> Outcome:
-    """Scenes of the classes asked for."""
-    given = replica.given
-    return Outcome(world.rendered(given.classes, SIZE, given.seed))
-
-
 _baseline = functools.partial(baseline, NAME)
 
 
@@ -140,20 +111,20 @@ TASK = Task(
     name=NAME,
     text="A small and a large diffusion transformer of shapes share the 30 steps of one trajectory.",
     prepare=prepare,
-    judge=judge,
+    judge=world.judge,
     order=world.RIGHT,
     measures={
         **world.MEASURES,
         "cost": Measure(title="cost", unit="%", better="low", line="Multiplications, against the large model's."),
     },
-    wishes=wishes,
-    shown=shown,
+    wishes=world.wishes,
+    shown=world.shown,
     baselines=(
         _baseline("dit_large", "large alone", large, "original"),
         _baseline("dit_small", "small alone", small),
         _baseline("dit_fewer_steps", "large, fewer steps at T-Stitch's cost", fewer),
         _baseline("dit_large_first", "large first, at T-Stitch's cost", large_first),
-        _baseline("dit_real", "scenes of these classes", real, "oracle"),
+        _baseline("dit_real", "scenes of these classes", functools.partial(world.real, size=SIZE), "oracle"),
     ),
     plots=(Plot(kind="scatter", x="cost", y=world.RIGHT, text="Right images, at what cost?", problems=(NAME,)),),
 )

@@ -1,19 +1,16 @@
 """The reference models, untrained, and their tokenizer."""
 
 import functools
-from itertools import product
 from typing import Any
 
-from torch import nn
-
+from retouch.worlds import shapes
 from retouch.worlds.shapes.captions import VOCABULARY
-from retouch.worlds.shapes.scenes import COLOURS, SHAPES
 
 SIZE, LATENT, CHANNELS = 64, 16, 4  # pixels; and the sides and channels of latents
 PIXELS = 32  # side of the images of the model without latents
 TOKENS = 40  # of a caption at most: three things with all that can be said of them
 WIDTH = 128  # of the text encoder
-CLASSES = tuple(f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES))  # of the class-conditional models
+CLASSES = shapes.classes("colour", "shape")  # of the class-conditional models
 NO_CLASS = len(CLASSES)
 SIGMA_DATA = 0.75  # standard deviation that EDM's preconditioning takes images in -1 to 1 to have
 
@@ -158,8 +155,3 @@ def new_dit(*, heads: int, layers: int) -> Any:
         num_layers=layers,
         num_embeds_ada_norm=len(CLASSES),
     )
-
-
-def weights(model: nn.Module) -> int:
-    """How many a model has."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -24,7 +24,7 @@ from retouch.core.errors import InputError, one_of
 from retouch.core.metrics.frechet import frechet_distance
 from retouch.worlds import WEIGHTS, shapes
 from retouch.worlds.shapes import oracle
-from retouch.worlds.shapes.captions import caption
+from retouch.worlds.shapes.captions import caption, with_article
 from retouch.worlds.shapes.models import architectures, training
 from retouch.worlds.shapes.models.architectures import CLASSES, NO_CLASS, SIGMA_DATA
 from retouch.worlds.shapes.models.training import RECIPES, Recipe
@@ -187,13 +187,14 @@ def measure_pipeline(pipeline: Any, *, count: int = 500, seed: int = 0) -> dict[
         found |= {name: told["attributes"], alone: told["all"]}
     held_out = shapes.data("test", count=2 * count, distribution=training.SCENES)
     images = drawn(model, held_out.captions[:count], scale=3.0, times=30, seed=seed)
-    found["told_all"] = oracle.prompt_fidelity(images, held_out.captions[:count])["all"]
-    again = model.decode(training.encoded(pipeline.vae, held_out.images[:count]) * pipeline.vae.config.scaling_factor)
+    readings = oracle.read(images)
+    found["told_all"] = oracle.prompt_fidelity(readings, held_out.captions[:count])["all"]
+    again = model.decode(training.scaled(pipeline.vae, held_out.images[:count]))
     found["autoencoded"] = oracle.prompt_fidelity(again, held_out.captions[:count])["attributes"]
     one, other = (oracle.oracle_features(part) for part in (held_out.images[:count], held_out.images[count:]))
     rates = {name: round(100 * value, 1) for name, value in found.items()}
     distances = {
-        "frechet": frechet_distance(oracle.oracle_features(images), other),
+        "frechet": frechet_distance(oracle.oracle_features(images, readings), other),
         "frechet_real": frechet_distance(one, other),
     }
     return {**rates, **{name: round(value, 3) for name, value in distances.items()}}
@@ -208,7 +209,7 @@ def measure_clip(clip: Any, *, count: int = 500) -> dict[str, float]:
         whose full caption it finds among a hundred.
     """
     single = shapes.classification("test", "colour", "shape", size=architectures.SIZE, count=count)
-    names = training.tokens([_a(name) for name in CLASSES])
+    names = training.tokens([with_article(name) for name in CLASSES])
     images: Any = single.inputs
     right = _scores(clip, images, names).argmax(1) == labels_of(single)
     data = shapes.data("test", count=count - count % 100 or count, distribution=training.SCENES)
@@ -219,10 +220,6 @@ def measure_clip(clip: Any, *, count: int = 500) -> dict[str, float]:
         "zero_shot": round(100 * float(right.double().mean()), 1),
         "retrieved": round(100 * float(torch.cat(hits).double().mean()), 1),
     }
-
-
-def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _scores(clip: Any, images: Any, ids: Tensor) -> Tensor:
@@ -243,16 +240,15 @@ def measure_classes(model: Denoiser, *, count: int = 10, seed: int = 0) -> dict[
     """
     pixels = isinstance(model.process, EDM)
     settings: dict[str, Any] = {"scale": 1.0, "step": heun, "times": 18} if pixels else {"scale": 2.0, "times": 30}
-    said = [name for name in CLASSES for _ in range(count)]
-    wanted = list(range(len(CLASSES))) if pixels else list(CLASSES)
-    conditions = [one for one in wanted for _ in range(count)]
-    images = drawn(model, conditions, seed=seed, **settings)
-    told = oracle.prompt_fidelity(images, [_a(name) for name in said])
+    wanted = [name for name in CLASSES for _ in range(count)]
+    images = drawn(model, wanted, seed=seed, **settings)
+    readings = oracle.read(images)
+    told = oracle.prompt_fidelity(readings, [with_article(name) for name in wanted])
     rates = {"right": told["all"], "colour": told["colour"], "shape": told["shape"]}
     side, total = images.shape[-1], len(images)
     real = shapes.data("test", size=side, count=2 * total, distribution=training.SINGLE).images
     one, other = (oracle.oracle_features(part) for part in (real[:total], real[total:]))
-    distances = {"frechet": frechet_distance(oracle.oracle_features(images), other)}
+    distances = {"frechet": frechet_distance(oracle.oracle_features(images, readings), other)}
     distances["frechet_real"] = frechet_distance(one, other)
     return {
         **{name: round(100 * value, 1) for name, value in rates.items()},

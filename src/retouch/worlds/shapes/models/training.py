@@ -23,6 +23,7 @@ from retouch.core import seeds
 from retouch.core.averages import MovingAverage
 from retouch.core.checkpoints import atomic_file
 from retouch.core.data import TensorData
+from retouch.core.diffusion.denoiser import Prediction, from_prediction
 from retouch.core.diffusion.process import EDM, VP, spread
 from retouch.core.loop import Checkpoint, Run, fit
 from retouch.core.models import Batch, device_of, unpack
@@ -103,8 +104,8 @@ RECIPES = {
     "unet": Recipe((3600,), 32, 1.5e-3, 16000, average=0.999),
     "clip": Recipe((1000,), 128, 1e-3, 12000, decay=0.1),
     "pixels": Recipe((3000,), 32, 1.5e-3, 8000, average=0.999),
-    "dit-large": Recipe((2000,), 48, 1.5e-3, 6000, average=0.999),
-    "dit-small": Recipe((2000,), 48, 2e-3, 6000, average=0.999),
+    "dit-large": Recipe((4000,), 48, 1.5e-3, 6000, average=0.999),
+    "dit-small": Recipe((4000,), 48, 2e-3, 6000, average=0.999),
 }
 
 
@@ -294,8 +295,8 @@ def velocity_loss(ask: Callable[[Tensor, Tensor], Tensor], x0: Tensor, draw: tor
     noise = torch.randn(x0.shape, generator=draw).to(x0)
     times = random_times(len(x0), draw)
     alpha, sigma = (spread(value, x0) for value in PROCESS.levels(times))
-    found = ask(alpha * x0 + sigma * noise, times.to(x0.device))
-    return (found.float() - (alpha * noise - sigma * x0)).square().mean()
+    found = ask(PROCESS.add_noise(x0, noise, times), times.to(x0.device))
+    return (found.float() - from_prediction("velocity", Prediction(x0, noise), alpha, sigma)).square().mean()
 
 
 def unet(recipe: Recipe, autoencoder: Any, encoder: Any, *, seed: int = 0, checkpoint: Path | None = None) -> Any:
@@ -348,6 +349,11 @@ def singles(count: int, seed: int, size: int) -> TensorData:
     return shapes.classification("train", "colour", "shape", size=size, count=count, distribution=SINGLE, seed=seed)
 
 
+def without(labels: Tensor, draw: torch.Generator) -> Tensor:
+    """Labels (n,), one in ten of which is taken away."""
+    return torch.where((torch.rand(len(labels), generator=draw) < DROPPED).to(labels.device), NO_CLASS, labels)
+
+
 def pixels(recipe: Recipe, *, seed: int = 0, checkpoint: Path | None = None) -> Any:
     """The class-conditional UNet of pixels, inside of EDM's preconditioning."""
     model = built(architectures.new_pixel_unet, seed)
@@ -357,8 +363,7 @@ def pixels(recipe: Recipe, *, seed: int = 0, checkpoint: Path | None = None) -> 
         x0, draw = 2 * images - 1, run.generator
         sigma = spread(PIXEL_PROCESS.random_times(len(x0), draw), x0)
         x = x0 + sigma * torch.randn(x0.shape, generator=draw).to(x0)
-        dropped = (torch.rand(len(x0), generator=draw) < DROPPED).to(labels.device)
-        told = torch.where(dropped, NO_CLASS, labels)
+        told = without(labels, draw)
         length = (sigma**2 + SIGMA_DATA**2).sqrt()
         # The target of the network is what makes x0 of it; EDM's weight makes all levels' errors count alike.
         target = (x0 - SIGMA_DATA**2 / length**2 * x) * length / (sigma * SIGMA_DATA)
@@ -373,12 +378,20 @@ def pixels(recipe: Recipe, *, seed: int = 0, checkpoint: Path | None = None) -> 
 def dit(
     recipe: Recipe, autoencoder: Any, new: Callable[[], Any], *, seed: int = 0, checkpoint: Path | None = None
 ) -> Any:
-    """A class-conditional DiT of latents; diffusers' own label dropout leaves out one class in ten."""
+    """A class-conditional DiT of latents; one class in ten is left out.
+
+    Diffusers' own dropout of labels is switched off: each block would draw for itself, and hardly a sample would be
+    without its class in all of them, as sampling without a class is.
+    """
     model = built(new, seed)
+    for part in model.modules():
+        if hasattr(part, "dropout_prob"):
+            part.dropout_prob = 0.0
     images, labels = unpack(singles(recipe.scenes, seed, SIZE)[:])
 
     def objective(model: nn.Module, batch: Batch, run: Run) -> Tensor:
-        x0, told = unpack(batch)
+        x0, labels = unpack(batch)
+        told = without(labels, run.generator)
         with precise(model):
             return velocity_loss(lambda x, times: model(x, timestep=times, class_labels=told).sample, x0, run.generator)
 
