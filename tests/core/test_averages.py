@@ -37,8 +37,8 @@ class Followed(Callback):
 
 
 def test_the_model_ends_with_the_average():
-    beside = Followed(0.25)
-    model = trained(decay=0.25, callbacks=[beside])
+    beside = Followed(0.9)
+    model = trained(decay=0.9, callbacks=[beside])
     torch.testing.assert_close(model.weight.detach(), beside.mean)
     assert not torch.equal(model.weight, beside.last)
 

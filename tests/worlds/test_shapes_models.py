@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from retouch.core.diffusion.guidance import cfg
-from retouch.core.diffusion.process import spread
+from retouch.core.diffusion.process import from_scheduler, spread
 from retouch.core.diffusion.sampling import sample, unit_noise
 from retouch.core.errors import InputError
 from retouch.worlds import WEIGHTS, shapes
@@ -88,14 +88,42 @@ def test_velocity_loss_is_zero_for_a_model_that_knows_the_noise():
     assert float(training.velocity_loss(lambda x, times: torch.zeros_like(x), x0, draw)) > 0.5
 
 
-def test_latents_are_kept_beside_a_checkpoint(tmp_path):
-    calls = []
-    for _ in range(2):
-        made = training.once(tmp_path / "run", lambda: calls.append(0) or torch.ones(2))
-        assert torch.equal(made, torch.ones(2))
-    assert len(calls) == 1
-    training.once(None, lambda: calls.append(0) or torch.ones(2))
-    assert len(calls) == 2
+def test_latents_are_kept_beside_a_checkpoint(tmp_path, monkeypatch):
+    scenes, autoencoder = training.wordings(3, 0).scenes, training.built(architectures.new_autoencoder, 0).eval()
+    made = training.latents_of(scenes, autoencoder, tmp_path / "run")
+    torch.testing.assert_close(made, training.latents_of(scenes, autoencoder, None))
+    monkeypatch.setattr(training, "scaled", None)  # not encoded again
+    assert torch.equal(training.latents_of(scenes, autoencoder, tmp_path / "run"), made)
+    with pytest.raises(InputError, match="has latents of other scenes"):
+        training.latents_of(scenes[::-1], autoencoder, tmp_path / "run")
+    other = training.built(architectures.new_autoencoder, 1).eval()
+    with pytest.raises(InputError, match="or another autoencoder"):
+        training.latents_of(scenes, other, tmp_path / "run")
+
+
+def test_a_label_is_left_out_in_all_blocks_of_a_dit_or_in_none(monkeypatch):
+    """Diffusers' own dropout, a draw a block, would leave hardly a sample without its class."""
+    seen = []
+    monkeypatch.setattr(training, "DROPPED", 0.5)
+
+    def new():
+        model = references.DITS["dit-small"]()
+        for part in model.modules():
+            if hasattr(part, "embedding_table"):
+                part.embedding_table.register_forward_hook(lambda module, args, output: seen.append(args[0].tolist()))
+        return model
+
+    vae = training.built(architectures.new_autoencoder, 0).eval()
+    training.dit(replace(TINY["dit-small"], batch_size=16), vae, new)
+    rows = [labels for labels in seen if len(labels) == 16]
+    assert rows and all(row == rows[0] for row in rows[:2])
+    left_out = [architectures.NO_CLASS in row for row in rows]
+    assert all(left_out) and not all(label == architectures.NO_CLASS for row in rows for label in row)
+
+
+def test_noise_levels_of_training_are_those_of_the_pipelines():
+    process = from_scheduler(references.scheduler())
+    torch.testing.assert_close(process.alphas_cumprod, training.PROCESS.alphas_cumprod, rtol=1e-5, atol=1e-7)
 
 
 def test_a_second_cycle_begins_with_the_weights_of_the_first(tmp_path):

@@ -8,6 +8,7 @@ pixels        EDM's preconditioning and loss at larger noise, colour and shape a
 dit           as the UNet, colour and shape as the class
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from retouch.core import seeds
 from retouch.core.averages import MovingAverage
-from retouch.core.checkpoints import atomic_file
+from retouch.core.checkpoints import load_state, save_state
 from retouch.core.data import TensorData
 from retouch.core.diffusion.denoiser import Prediction, from_prediction
 from retouch.core.diffusion.process import EDM, VP, spread
+from retouch.core.errors import InputError
 from retouch.core.loop import Checkpoint, Run, fit
 from retouch.core.models import Batch, device_of, unpack
 from retouch.worlds import shapes
@@ -167,17 +169,23 @@ def scaled(autoencoder: Any, images: Tensor) -> Tensor:
     return encoded(autoencoder, images) * autoencoder.config.scaling_factor
 
 
-def once(folder: Path | None, make: Callable[[], Tensor]) -> Tensor:
-    """Latents, which take minutes, are kept beside the checkpoint of a run that uses them."""
-    from safetensors.torch import load_file, save_file
+def latents_of(scenes: Sequence[Scene], autoencoder: Any, folder: Path | None) -> Tensor:
+    """Latents (n, 4, 16, 16) of scenes, which take minutes: they are kept beside the checkpoint of a run.
 
+    Raises:
+        InputError: if those in the folder are of other scenes or another autoencoder.
+    """
     if folder is None:
-        return make()
+        return scaled(autoencoder, shapes.render(scenes, SIZE))
     kept = folder / "latents.safetensors"
+    weights = torch.cat([parameter.detach().flatten().cpu() for parameter in autoencoder.parameters()])
+    made_from = hashlib.sha256(repr(scenes).encode() + weights.numpy().tobytes()).hexdigest()
     if not kept.exists():
-        with atomic_file(kept) as file:
-            save_file({"latents": make()}, file)
-    return load_file(kept)["latents"]
+        save_state(kept, {"made from": made_from, "latents": scaled(autoencoder, shapes.render(scenes, SIZE))})
+    state = load_state(kept)
+    if state["made from"] != made_from:
+        raise InputError(f"{kept} has latents of other scenes or another autoencoder: give another folder or delete it")
+    return state["latents"]
 
 
 # --- the text encoder -------------------------------------------------------------------------------------------------
@@ -303,7 +311,7 @@ def unet(recipe: Recipe, autoencoder: Any, encoder: Any, *, seed: int = 0, check
     """The UNet. The text encoder is frozen: trained with it, it forgets shapes, of which a UNet makes use only late."""
     model = built(architectures.new_unet, seed)
     given = wordings(recipe.scenes, seed)
-    latents = once(checkpoint, lambda: scaled(autoencoder, shapes.render(given.scenes, SIZE)))
+    latents = latents_of(given.scenes, autoencoder, checkpoint)
     nothing = tokens([""])
 
     def objective(model: nn.Module, batch: Batch, run: Run) -> Tensor:
@@ -344,11 +352,6 @@ def clip(recipe: Recipe, *, seed: int = 0, checkpoint: Path | None = None) -> An
 # --- class-conditional models -----------------------------------------------------------------------------------------
 
 
-def singles(count: int, seed: int, size: int) -> TensorData:
-    """Images (n, 3, size, size) of single things, with the number of colour and shape."""
-    return shapes.classification("train", "colour", "shape", size=size, count=count, distribution=SINGLE, seed=seed)
-
-
 def without(labels: Tensor, draw: torch.Generator) -> Tensor:
     """Labels (n,), one in ten of which is taken away."""
     return torch.where((torch.rand(len(labels), generator=draw) < DROPPED).to(labels.device), NO_CLASS, labels)
@@ -371,7 +374,16 @@ def pixels(recipe: Recipe, *, seed: int = 0, checkpoint: Path | None = None) -> 
             found = model(x / length, 0.25 * sigma.flatten().log(), class_labels=told).sample
         return (found.float() - target).square().mean()
 
-    recipe.train(model, singles(recipe.scenes, seed, architectures.PIXELS), objective, seed=seed, checkpoint=checkpoint)
+    data = shapes.classification(
+        "train",
+        "colour",
+        "shape",
+        size=architectures.PIXELS,
+        count=recipe.scenes,
+        distribution=SINGLE,
+        seed=seed,
+    )
+    recipe.train(model, data, objective, seed=seed, checkpoint=checkpoint)
     return model
 
 
@@ -387,7 +399,7 @@ def dit(
     for part in model.modules():
         if hasattr(part, "dropout_prob"):
             part.dropout_prob = 0.0
-    images, labels = unpack(singles(recipe.scenes, seed, SIZE)[:])
+    scenes = shapes.data("train", count=recipe.scenes, distribution=SINGLE, seed=seed).scenes
 
     def objective(model: nn.Module, batch: Batch, run: Run) -> Tensor:
         x0, labels = unpack(batch)
@@ -395,6 +407,7 @@ def dit(
         with precise(model):
             return velocity_loss(lambda x, times: model(x, timestep=times, class_labels=told).sample, x0, run.generator)
 
-    latents = once(checkpoint, lambda: scaled(autoencoder, images))
+    latents = latents_of(scenes, autoencoder, checkpoint)
+    labels = shapes.labels(scenes, "colour", "shape")
     recipe.train(model, TensorData(latents, labels), objective, seed=seed, checkpoint=checkpoint)
     return model
