@@ -124,8 +124,12 @@ def test_limits_are_the_models_alone():
     replica = problem_of(stitched).replica(0)
     assert torch.equal(stitched.stitched(replica, 0.0).samples, stitched.large(replica).samples)
     assert torch.equal(stitched.stitched(replica, 1.0).samples, stitched.small(replica).samples)
+    assert torch.equal(t_stitch.solve(replica, ratio=0.0).samples, stitched.large(replica).samples)
+    assert torch.equal(t_stitch.solve(replica).samples, stitched.stitched(replica, 0.4).samples)
     replica = problem_of(few_steps).replica(0)
-    assert torch.equal(skip_tuning.solve(replica, rho_bottom=1.0).samples, few_steps.plain(replica).samples)
+    plain = few_steps.plain(replica).samples
+    assert torch.equal(skip_tuning.solve(replica, rho_bottom=1.0).samples, plain)
+    assert not torch.equal(skip_tuning.solve(replica, rho_bottom=0.5).samples, plain)
     replica = problem_of(classifier).replica(0)
     assert torch.equal(elucd.solve(replica, scale=0.0).samples, classifier.unguided(replica).samples)
 

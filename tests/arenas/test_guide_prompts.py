@@ -1,5 +1,6 @@
 """The arena `guide` with the text-to-image model of the shapes: tasks, judges and entries, on an untrained one."""
 
+import dataclasses
 import math
 
 import pytest
@@ -120,9 +121,9 @@ def test_the_prompts_judge_tells_scenes_of_the_prompts_from_others():
     bad = prompts.judge(replica.given, noise)
     assert bad["bound"] == 0 and bad["frechet"] > 2 * good["frechet"]
     assert [answer.right for answer in prompts.shown(replica.given, images)] == [True] * world.SHOWN
-    swapped = images.flip(3)  # a relation along x is no longer true, however well things are bound
-    told = prompts.judge(replica.given, swapped)
-    assert told["bound"] >= told["relations"]
+    # All shapes are the same in a mirror, but a relation along x is not true there, and one along y not upside down.
+    told = [prompts.judge(replica.given, images.flip(axis)) for axis in (3, 2)]
+    assert told[0]["bound"] == 100 and min(one["relations"] for one in told) < 100
 
 
 def test_images_that_are_all_alike_are_not_diverse():
@@ -143,6 +144,21 @@ def test_saturation_is_none_in_gray_and_all_in_pure_colours():
     assert world.saturation(torch.full((2, 3, 4, 4), 0.7)) == 0
     red = torch.tensor([1.0, 0.0, 0.0])[None, :, None, None].expand(1, 3, 4, 4)
     assert world.saturation(red) == 100
+
+
+def test_things_in_each_others_colours_are_there_but_not_bound():
+    given = problem("prompts").replica(0).given
+    scenes = [
+        shapes.scene("test", k, seed=1, distribution=prompts.fitting(text)) for k, text in enumerate(given.prompts)
+    ]
+    crossed = []
+    for scene in scenes:
+        one, other = scene.things
+        things = (dataclasses.replace(one, colour=other.colour), dataclasses.replace(other, colour=one.colour))
+        crossed.append(dataclasses.replace(scene, things=things))
+    told = prompts.judge(given, shapes.render(crossed, 64))
+    same = [a.colour == b.colour or a.shape == b.shape for a, b in (scene.things for scene in scenes)]
+    assert told["objects"] == 100 and told["bound"] <= 100 * sum(same) / len(same) < 100
 
 
 def test_the_reconstruction_judge_sees_errors(monkeypatch):
