@@ -69,7 +69,9 @@ def test_other_techniques_of_a_prompt(technique, retouch, pipeline, tmp_path):
     assert (plain != steered).any()
 
 
-def test_without_a_pipeline_it_is_the_embedded_one(retouch, tmp_path):
+def test_without_a_pipeline_it_is_the_embedded_one(retouch, tmp_path, monkeypatch):
+    (tmp_path / "shapes").mkdir()  # a folder of this name that holds no pipeline is not meant
+    monkeypatch.chdir(tmp_path)
     prompt = ["--prompt", "a red circle and a blue square", "--images", 1, "--steps", 2]
     code, _, err = retouch("guide", "a_star", *prompt, "--words", "circle,square", "--out", tmp_path / "both")
     assert code == 0, err

@@ -78,8 +78,9 @@ def run(arguments: Sequence[str]) -> None:
 
 def load_pipeline(name: str) -> Any:
     """A pipeline of diffusers from a folder, or an embedded one."""
-    embedded = EMBEDDED.get(name) if not Path(name).exists() else None
-    if embedded is None and not (Path(name) / "model_index.json").exists():
+    saved = (Path(name) / "model_index.json").exists()
+    embedded = None if saved else EMBEDDED.get(name)
+    if embedded is None and not saved:
         raise InputError(
             f"There is no pipeline at {name}: give a folder saved with save_pretrained, which has a model_index.json, "
             f"or {', '.join(EMBEDDED)}.{nearest(name, EMBEDDED)}"
