@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from retouch.core.data import TensorData
 from retouch.core.diffusion.guidance import cfg
 from retouch.core.diffusion.process import from_scheduler, spread
 from retouch.core.diffusion.sampling import sample, unit_noise
@@ -15,9 +16,18 @@ from retouch.core.errors import InputError
 from retouch.worlds import WEIGHTS, shapes
 from retouch.worlds.shapes import oracle
 from retouch.worlds.shapes.captions import VOCABULARY, caption, parse
-from retouch.worlds.shapes.models import architectures, references, training
+from retouch.worlds.shapes.models import (
+    architectures,
+    building,
+    latents,
+    measures,
+    recipes,
+    references,
+    training,
+    wordings,
+)
 
-TINY = {name: replace(recipe, steps=(2,), batch_size=4, scenes=16) for name, recipe in training.RECIPES.items()}
+TINY = {name: replace(recipe, steps=(2,), batch_size=4, scenes=16) for name, recipe in recipes.RECIPES.items()}
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
@@ -42,7 +52,7 @@ def test_every_word_is_one_token_and_all_captions_fit(tmp_path):
 
 def test_crops_are_parts_of_their_images():
     images = shapes.data("train", count=3).images
-    parts = training.crops(images, torch.Generator().manual_seed(0))
+    parts = latents.crops(images, torch.Generator().manual_seed(0))
     for image, part in zip(images, parts, strict=True):
         windows = image.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
         assert (windows == part).flatten(1).all(1).any()
@@ -50,29 +60,43 @@ def test_crops_are_parts_of_their_images():
 
 def test_what_is_to_be_read_off_a_caption():
     texts = ["a large red circle left of a small hatched blue square on gray", "a star"]
-    ids = training.tokens(texts)
-    told = training.readings(texts, ids)
+    ids = wordings.tokens(texts)
+    told = wordings.readings(texts, ids)
     words = architectures.tokenizer().convert_ids_to_tokens(ids[0])
     circle, square = words.index("circle</w>"), words.index("square</w>")
     assert told["colour"][0, circle] == list(shapes.COLOURS).index("red")
     assert told["size"][0, square] == list(shapes.SIZES).index("small")
-    assert told["style"][0, circle] == training.IGNORED and told["style"][0, square] == 2
-    assert told["relation"][0, circle] == training.IGNORED
-    assert training.SAID["relation"][told["relation"][0, square]] == "left of"
+    assert told["style"][0, circle] == wordings.IGNORED and told["style"][0, square] == 2
+    assert told["relation"][0, circle] == wordings.IGNORED
+    assert wordings.SAID["relation"][told["relation"][0, square]] == "left of"
     end = words.index("<|endoftext|>")
-    assert told["background"][0, end] == 0 and (told["background"][0, :end] == training.IGNORED).all()
-    assert (told["background"][1] == training.IGNORED).all()
-    assert int((told["shape"] != training.IGNORED).sum()) == 3
+    assert told["background"][0, end] == 0 and (told["background"][0, :end] == wordings.IGNORED).all()
+    assert (told["background"][1] == wordings.IGNORED).all()
+    assert int((told["shape"] != wordings.IGNORED).sum()) == 3
 
 
 def test_wordings_say_nothing_but_the_truth():
-    given = training.wordings(12, 0)
-    assert len(given.scenes) == 12 and given.ids.shape == (12, training.WORDINGS, architectures.TOKENS)
+    given = wordings.wordings(12, 0)
+    assert len(given.scenes) == 12 and given.ids.shape == (12, wordings.WORDINGS, architectures.TOKENS)
     assert len({text for texts in given.captions for text in texts}) > 30
     readings = oracle.read(shapes.render(given.scenes, 64))
     for reading, texts in zip(readings, given.captions, strict=True):
         assert all(oracle.matches(reading, text)["all"] for text in texts)
-        assert parse(texts[0]).background is None and all(thing.size is None for thing in parse(texts[0]).things)
+        assert parse(texts[0]).background is None
+
+
+def test_wordings_leave_out_nothing_that_is_unusual():
+    given = wordings.wordings(60, 0)
+    spoken = dict.fromkeys(recipes.USUAL, 0)
+    for scene, texts in zip(given.scenes, given.captions, strict=True):
+        for name, usual in recipes.USUAL.items():
+            told = [all(getattr(mention, name) for mention in parse(text).things) for text in texts]
+            if any(getattr(thing, name) != usual for thing in scene.things):
+                assert all(told)
+            else:
+                assert not told[0]
+                spoken[name] += sum(told)
+    assert min(spoken.values()) > 10  # what is usual is said now and then, or nobody would know the words
 
 
 def test_velocity_loss_is_zero_for_a_model_that_knows_the_noise():
@@ -89,16 +113,16 @@ def test_velocity_loss_is_zero_for_a_model_that_knows_the_noise():
 
 
 def test_latents_are_kept_beside_a_checkpoint(tmp_path, monkeypatch):
-    scenes, autoencoder = training.wordings(3, 0).scenes, training.built(architectures.new_autoencoder, 0).eval()
-    made = training.latents_of(scenes, autoencoder, tmp_path / "run")
-    torch.testing.assert_close(made, training.latents_of(scenes, autoencoder, None))
-    monkeypatch.setattr(training, "scaled", None)  # not encoded again
-    assert torch.equal(training.latents_of(scenes, autoencoder, tmp_path / "run"), made)
+    scenes, autoencoder = wordings.wordings(3, 0).scenes, recipes.built(architectures.new_autoencoder, 0).eval()
+    made = latents.latents_of(scenes, autoencoder, tmp_path / "run")
+    torch.testing.assert_close(made, latents.latents_of(scenes, autoencoder, None))
+    monkeypatch.setattr(latents, "scaled", None)  # not encoded again
+    assert torch.equal(latents.latents_of(scenes, autoencoder, tmp_path / "run"), made)
     with pytest.raises(InputError, match="has latents of other scenes"):
-        training.latents_of(scenes[::-1], autoencoder, tmp_path / "run")
-    other = training.built(architectures.new_autoencoder, 1).eval()
+        latents.latents_of(scenes[::-1], autoencoder, tmp_path / "run")
+    other = recipes.built(architectures.new_autoencoder, 1).eval()
     with pytest.raises(InputError, match="or another autoencoder"):
-        training.latents_of(scenes, other, tmp_path / "run")
+        latents.latents_of(scenes, other, tmp_path / "run")
 
 
 def test_a_label_is_left_out_in_all_blocks_of_a_dit_or_in_none(monkeypatch):
@@ -107,13 +131,13 @@ def test_a_label_is_left_out_in_all_blocks_of_a_dit_or_in_none(monkeypatch):
     monkeypatch.setattr(training, "DROPPED", 0.5)
 
     def new():
-        model = references.DITS["dit-small"]()
+        model = building.DITS["dit-small"]()
         for part in model.modules():
             if hasattr(part, "embedding_table"):
                 part.embedding_table.register_forward_hook(lambda module, args, output: seen.append(args[0].tolist()))
         return model
 
-    vae = training.built(architectures.new_autoencoder, 0).eval()
+    vae = recipes.built(architectures.new_autoencoder, 0).eval()
     training.dit(replace(TINY["dit-small"], batch_size=16), vae, new)
     rows = [labels for labels in seen if len(labels) == 16]
     assert rows and all(row == rows[0] for row in rows[:2])
@@ -128,9 +152,9 @@ def test_noise_levels_of_training_are_those_of_the_pipelines():
 
 def test_a_second_cycle_begins_with_the_weights_of_the_first(tmp_path):
     def trained(steps, checkpoint):
-        model = training.built(lambda: torch.nn.Linear(2, 1), 0)
-        recipe = training.Recipe(steps, 4, 0.1, 8, average=0.5)
-        data = training.TensorData(torch.eye(2).repeat(4, 1), torch.ones(8, 1))
+        model = recipes.built(lambda: torch.nn.Linear(2, 1), 0)
+        recipe = recipes.Recipe(steps, 4, 0.1, 8, average=0.5)
+        data = TensorData(torch.eye(2).repeat(4, 1), torch.ones(8, 1))
         recipe.train(model, data, lambda m, b, run: (m(b[0]) - b[1]).square().mean(), seed=0, checkpoint=checkpoint)
         return model.weight.detach()
 
@@ -142,7 +166,7 @@ def test_a_second_cycle_begins_with_the_weights_of_the_first(tmp_path):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    references.build(folder, recipes=TINY, measured=2, checkpoint=folder / "checkpoints")
+    building.build(folder, recipes=TINY, measured=2, checkpoint=folder / "checkpoints")
     return folder
 
 
@@ -164,7 +188,7 @@ def test_build_writes_every_model_with_recipe_licence_and_quality(built):
 
 def test_build_goes_on_from_its_checkpoints_to_the_same_weights(built):
     before = (built / "shapes-dit-small" / "diffusion_pytorch_model.safetensors").read_bytes()
-    references.build(built, recipes=TINY, measured=2, checkpoint=built / "checkpoints")
+    building.build(built, recipes=TINY, measured=2, checkpoint=built / "checkpoints")
     assert (built / "shapes-dit-small" / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
@@ -210,9 +234,9 @@ def test_denoisers_take_captions_and_classes():
 
 def test_clip_tells_captions_apart():
     clip = shapes.reference("clip")
-    scenes = shapes.data("test", count=8, distribution=training.SINGLE)
+    scenes = shapes.data("test", count=8, distribution=recipes.SINGLE)
     with torch.no_grad():
-        scores = references._scores(clip, scenes.images, training.tokens(scenes.captions))
+        scores = measures._scores(clip, scenes.images, wordings.tokens(scenes.captions))
     assert float((scores.argmax(1) == torch.arange(8)).double().mean()) >= 0.75
 
 

@@ -200,10 +200,10 @@ def quality(variant: str) -> dict[str, float]:
 
 
 def build(folder: Path = WEIGHTS, *, seed: int = 0, checkpoint: Path | None = None) -> None:
-    """Train the reference models again: see `models.references.build`."""
-    from retouch.worlds.shapes.models import references
+    """Train the reference models again: see `models.building.build`."""
+    from retouch.worlds.shapes.models import building
 
-    references.build(folder, seed=seed, checkpoint=checkpoint)
+    building.build(folder, seed=seed, checkpoint=checkpoint)
 
 
 def classes(*attributes: str) -> tuple[str, ...]:

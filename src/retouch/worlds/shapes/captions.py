@@ -97,18 +97,23 @@ def caption(scene: Scene, *, say: Collection[str] = SAYABLE, template: int = 0) 
     return phrase(describe(scene, say), template)
 
 
-def reword(scene: Scene, draw: torch.Generator, *, say: Collection[str] = SAYABLE) -> str:
-    """A scene in one of the four ways to put it; size, style, relation and background are each left out half the time.
+def reword(
+    scene: Scene,
+    draw: torch.Generator,
+    *,
+    say: Collection[str] = SAYABLE,
+    always: Collection[str] = ("shape", "colour"),
+) -> str:
+    """A scene in one of the four ways to put it; what need not always be said is left out half the time.
 
     Args:
         scene: the scene.
         draw: of the way and of what is left out.
         say: which of `SAYABLE` may be said.
+        always: which of these are never left out.
     """
     template, *heard = torch.rand(1 + len(SAYABLE), generator=draw).tolist()
-    said = [
-        part for part, u in zip(SAYABLE, heard, strict=True) if part in say and (part in ("shape", "colour") or u < 0.5)
-    ]
+    said = [part for part, u in zip(SAYABLE, heard, strict=True) if part in say and (part in always or u < 0.5)]
     return caption(scene, say=said, template=int(template * TEMPLATES))
 
 

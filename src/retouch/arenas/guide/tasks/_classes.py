@@ -18,7 +18,7 @@ from retouch.core.diffusion.denoiser import Denoiser
 from retouch.core.metrics.frechet import frechet_distance
 from retouch.worlds import shapes
 from retouch.worlds.shapes import oracle
-from retouch.worlds.shapes.models import training
+from retouch.worlds.shapes.models import recipes
 from retouch.worlds.shapes.scenes import COLOURS, SHAPES, Scene
 
 CLASSES = shapes.classes("colour", "shape")
@@ -86,7 +86,7 @@ def judge(given: Asked, images: Tensor) -> dict[str, float]:
 @functools.cache
 def held_out(size: int) -> Tensor:
     """Oracle features of scenes of single things that no model was trained on."""
-    return oracle.oracle_features(shapes.data("test", size=size, count=HELD_OUT, distribution=training.SINGLE).images)
+    return oracle.oracle_features(shapes.data("test", size=size, count=HELD_OUT, distribution=recipes.SINGLE).images)
 
 
 def real(replica: Replica, size: int) -> Outcome:
@@ -105,7 +105,7 @@ def _scene(name: str, seed: int) -> Scene:
     colours = tuple(word for word in words if word in COLOURS) or tuple(COLOURS)
     shaped = tuple(word for word in words if word in SHAPES) or SHAPES
     return shapes.scene(
-        "test", 0, seed=seed, distribution=dataclasses.replace(training.SINGLE, colours=colours, shapes=shaped)
+        "test", 0, seed=seed, distribution=dataclasses.replace(recipes.SINGLE, colours=colours, shapes=shaped)
     )
 
 

@@ -17,7 +17,7 @@ from retouch.core.diffusion.denoiser import Denoiser
 from retouch.core.metrics.frechet import frechet_distance
 from retouch.worlds import shapes
 from retouch.worlds.shapes import oracle
-from retouch.worlds.shapes.models import training
+from retouch.worlds.shapes.models import recipes
 
 SHOWN = 6  # columns of the page's pictures
 REAL = 400  # held-out scenes that images are compared with
@@ -54,7 +54,7 @@ def held_out(counts: tuple[int, ...], size: int = REAL) -> Tensor:
         counts: numbers of things in a scene.
         size: n.
     """
-    distribution = shapes.Distribution(counts=counts, **training.COMMON)
+    distribution = shapes.Distribution(counts=counts, **recipes.COMMON)
     return oracle.oracle_features(shapes.data("validation", count=size, distribution=distribution).images)
 
 

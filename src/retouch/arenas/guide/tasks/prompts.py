@@ -20,12 +20,12 @@ from retouch.core.diffusion.sampling import unit_noise
 from retouch.core.diffusion.steering import Steering
 from retouch.worlds import shapes
 from retouch.worlds.shapes import oracle
-from retouch.worlds.shapes.models import training
+from retouch.worlds.shapes.models import recipes
 
 NAME = "prompts"
 PROMPTS, IMAGES = 24, 2  # wishes, and images of each
 STEPS, SCALE = 20, 3.0  # of DDIM; of classifier-free guidance, at which the model's quality is recorded
-PAIRS = dataclasses.replace(training.SCENES, counts=(2,))
+PAIRS = dataclasses.replace(recipes.SCENES, counts=(2,))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from retouch.core.diffusion.guidance import Guidance, cfg
 from retouch.core.diffusion.sampling import invert, sample
 from retouch.worlds import shapes
 from retouch.worlds.shapes import oracle
-from retouch.worlds.shapes.models import training
+from retouch.worlds.shapes.models import latents, recipes
 
 NAME = "reconstruction"
 STEPS, COUNT = 30, 32
@@ -33,8 +33,8 @@ class Given:
 
 def prepare(seed: int, search: bool) -> Given:
     """Scenes of the test split with all that can be said of them."""
-    data = shapes.data("test", count=COUNT, distribution=training.SCENES, seed=seed)
-    return Given(data.images, tuple(data.captions), training.scaled(world.pipeline().vae, data.images))
+    data = shapes.data("test", count=COUNT, distribution=recipes.SCENES, seed=seed)
+    return Given(data.images, tuple(data.captions), latents.scaled(world.pipeline().vae, data.images))
 
 
 def judge(given: Given, latents: Tensor) -> dict[str, float]:

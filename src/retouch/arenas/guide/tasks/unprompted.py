@@ -19,7 +19,7 @@ from retouch.core.diffusion.sampling import unit_noise
 from retouch.core.diffusion.steering import Steering
 from retouch.worlds import shapes
 from retouch.worlds.shapes import oracle
-from retouch.worlds.shapes.models import training
+from retouch.worlds.shapes.models import recipes
 
 NAME = "unprompted"
 STEPS, COUNT = 20, 120
@@ -44,7 +44,7 @@ def judge(given: Given, images: Tensor) -> dict[str, float]:
     features, valid = oracle.oracle_features(images, readings), [reading.valid for reading in readings]
     return {
         "valid": 100 * sum(valid) / len(valid),
-        "frechet": world.likeness(features, training.SCENES.counts),
+        "frechet": world.likeness(features, recipes.SCENES.counts),
         "diversity": world.diversity(features[None]),
         "saturation": world.saturation(images),
     }
@@ -78,7 +78,7 @@ def drawn(replica: Replica, steering: Steering, *, longer: int = 1) -> Outcome:
 def real(replica: Replica) -> Outcome:
     """Scenes of the test split."""
     seed = seeds.derive(replica.given.seed, "real")
-    return Outcome(shapes.data("test", count=COUNT, distribution=training.SCENES, seed=seed).images)
+    return Outcome(shapes.data("test", count=COUNT, distribution=recipes.SCENES, seed=seed).images)
 
 
 _baseline = functools.partial(baseline, NAME)
