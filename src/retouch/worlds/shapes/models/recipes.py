@@ -86,11 +86,11 @@ class Recipe:
 RECIPES = {
     "autoencoder": Recipe((3600,), 16, 1e-3, 8000),
     "text": Recipe((600,), 64, 2e-3, 12000),
-    "unet": Recipe((3600,), 32, 1.5e-3, 16000, average=0.999),
+    "unet": Recipe((4000, 6200), 64, 1.2e-3, 20000, average=0.999, muon=True),
     "clip": Recipe((1000,), 128, 1e-3, 12000, decay=0.1),
-    "pixels": Recipe((3000,), 32, 1.5e-3, 8000, average=0.999),
-    "dit-large": Recipe((4000,), 48, 1.5e-3, 6000, average=0.999),
-    "dit-small": Recipe((4000,), 48, 2e-3, 6000, average=0.999),
+    "pixels": Recipe((2500,), 32, 1.5e-3, 12000, average=0.999, muon=True),
+    "dit-large": Recipe((5000,), 48, 1.5e-3, 12000, average=0.999, muon=True),
+    "dit-small": Recipe((4000,), 48, 1.5e-3, 12000, average=0.999, muon=True),
 }
 
 
