@@ -24,10 +24,10 @@ from retouch.worlds.shapes.scenes import Distribution
 # error its shape is but a hundredth.
 USUAL = {"size": "large", "style": "flat"}
 COMMON: dict[str, Any] = {
-    "sizes": ("large", "large", "large", "small"),
-    "styles": (*["flat"] * 6, "outlined", "hatched", "glossy"),
+    "sizes": (*["large"] * 5, "small"),
+    "styles": (*["flat"] * 9, "outlined", "hatched", "glossy"),
 }
-SCENES = Distribution(counts=(1, 2), **COMMON)
+SCENES = Distribution(counts=(1, 2, 2), **COMMON)
 SINGLE = Distribution(counts=(1,), **COMMON)
 
 
@@ -86,11 +86,11 @@ class Recipe:
 RECIPES = {
     "autoencoder": Recipe((3600,), 16, 1e-3, 8000),
     "text": Recipe((600,), 64, 2e-3, 12000),
-    "unet": Recipe((4000, 6200), 64, 1.2e-3, 20000, average=0.999, muon=True),
+    "unet": Recipe((4000, 5600, 1300), 64, 1.2e-3, 20000, average=0.999, muon=True),
     "clip": Recipe((1000,), 128, 1e-3, 12000, decay=0.1),
     "pixels": Recipe((2500,), 32, 1.5e-3, 12000, average=0.999, muon=True),
     "dit-large": Recipe((5000,), 48, 1.5e-3, 12000, average=0.999, muon=True),
-    "dit-small": Recipe((4000,), 48, 1.5e-3, 12000, average=0.999, muon=True),
+    "dit-small": Recipe((3000,), 48, 1.5e-3, 12000, average=0.999, muon=True),
 }
 
 

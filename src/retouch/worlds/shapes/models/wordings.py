@@ -42,7 +42,7 @@ class Wordings:
 
 
 def wordings(count: int, seed: int, distribution: Distribution = SCENES) -> Wordings:
-    """Scenes of training, each with a caption as short as can be and three that say now this, now that.
+    """Scenes of training, each with four captions: as short as can be, with and without relations, and two that vary.
 
     As people do, captions leave out nothing that is unusual: a thing of which no size and style is said is a large and
     flat one.
@@ -53,8 +53,8 @@ def wordings(count: int, seed: int, distribution: Distribution = SCENES) -> Word
         draw = seeds.generator(seed, "wordings", i)
         unusual = [name for name, usual in USUAL.items() if any(getattr(t, name) != usual for t in scene.things)]
         always = ("shape", "colour", *unusual)
-        longer = [reword(scene, draw, always=always) for _ in range(WORDINGS - 1)]
-        captions.append((caption(scene, say=always), *longer))
+        short = [caption(scene, say=always), caption(scene, say=(*always, "relation"))]
+        captions.append((*short, *(reword(scene, draw, always=always) for _ in range(WORDINGS - len(short)))))
     return Wordings(scenes, tuple(captions))
 
 
