@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -6,7 +7,6 @@ from torch import nn
 from torch.optim import AdamW, Muon
 
 from retouch.core.checkpoints import load_state, save_state
-from retouch.core.loop import Callback, Checkpoint, fit
 from retouch.core.optimizers import MuonAdamW
 
 
@@ -108,25 +108,14 @@ def test_a_state_read_back_goes_on_as_if_it_had_not_been_stopped(tmp_path):
     assert same(descend(second, optimizer, steps=3), whole)
 
 
-class Kill(Callback):
-    def __init__(self, at=None):
-        self.at = at
-
-    def on_step(self, run):
-        if run.step == self.at:
-            raise KeyboardInterrupt
-
-
-def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path):
-    def train(folder, kill):
-        model, checkpoint = Net(), Checkpoint(folder, every=2)
-        fit(model, samples(), steps=8, batch_size=16, optimizer=MuonAdamW, callbacks=[kill], checkpoint=checkpoint)
-        return model
-
-    whole = train(tmp_path / "whole", Kill())
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "killed", Kill(at=5))
-    assert same(train(tmp_path / "killed", Kill()), whole)
+def test_dropped_gradients_are_not_kept_alive():
+    model = Net()
+    optimizer = MuonAdamW(model.parameters())
+    model(samples()[0]).sum().backward()
+    gradient = weakref.ref(model.conv.weight.grad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert gradient() is None
 
 
 def test_a_model_without_matrices_or_with_nothing_else():

@@ -22,6 +22,7 @@ from retouch.core.checkpoints import load_state, save_state
 from retouch.core.errors import InputError
 from retouch.core.loop import Callback, Checkpoint, fit
 from retouch.core.masks import TrainOnly
+from retouch.core.optimizers import MuonAdamW
 from retouch.core.objectives import cross_entropy
 
 DRAW = torch.Generator().manual_seed(0)
@@ -161,6 +162,18 @@ def interrupted(folder, at, make=Net, *, callbacks=list, every=2, data=lambda: (
 def test_every_kind_of_data_resumes_exactly(tmp_path, kind, at):
     objective = both_parts if kind in ("together", "in turn") else cross_entropy
     whole, resumed = interrupted(tmp_path, at, data=DATA[kind], objective=objective)
+    assert same(whole.state_dict(), resumed.state_dict())
+
+
+def test_an_optimizer_of_two_parts_resumes_exactly(tmp_path):
+    class Wide(Net):
+        def __init__(self):
+            super().__init__()
+            with seeds.isolated(0):
+                self.first, self.last = nn.Linear(4, 32), nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    assert MuonAdamW(Wide().parameters()).matrices
+    whole, resumed = interrupted(tmp_path, 5, Wide, optimizer=MuonAdamW)
     assert same(whole.state_dict(), resumed.state_dict())
 
 

@@ -63,6 +63,7 @@ class MuonAdamW(Optimizer):
         for view, matrix in zip(self._views(), self.matrices, strict=True):
             if view.data_ptr() != matrix.data_ptr():  # weights of another memory format were copied to be flattened
                 matrix.copy_(view.view_as(matrix))
+            view.grad = None  # or gradients that are dropped would stay in memory
         return loss
 
     def _views(self) -> list[nn.Parameter]:

@@ -16,7 +16,8 @@ from retouch.core.diffusion.guidance import Guidance, cfg
 from retouch.core.diffusion.sampling import invert, sample
 from retouch.worlds import shapes
 from retouch.worlds.shapes import oracle
-from retouch.worlds.shapes.models import latents, recipes
+from retouch.worlds.shapes.models import recipes
+from retouch.worlds.shapes.models.latents import scaled
 
 NAME = "reconstruction"
 STEPS, COUNT = 30, 32
@@ -34,7 +35,7 @@ class Given:
 def prepare(seed: int, search: bool) -> Given:
     """Scenes of the test split with all that can be said of them."""
     data = shapes.data("test", count=COUNT, distribution=recipes.SCENES, seed=seed)
-    return Given(data.images, tuple(data.captions), latents.scaled(world.pipeline().vae, data.images))
+    return Given(data.images, tuple(data.captions), scaled(world.pipeline().vae, data.images))
 
 
 def judge(given: Given, latents: Tensor) -> dict[str, float]:

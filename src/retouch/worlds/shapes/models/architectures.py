@@ -1,6 +1,8 @@
 """The reference models, untrained, and their tokenizer."""
 
 import functools
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 from retouch.worlds import shapes
@@ -16,29 +18,33 @@ SIGMA_DATA = 0.75  # standard deviation that EDM's preconditioning takes images 
 
 
 @functools.cache
-def _merges() -> tuple[dict[str, int], Any]:
-    """Vocabulary and merges of a byte pair encoding in which every word of the world is one token."""
-    import json
+def _merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a byte pair encoding in which every word of the world is one token.
 
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    start, end, last = "<|startoftext|>", "<|endoftext|>", "</w>"
-    core = Tokenizer(models.BPE(unk_token=end, end_of_word_suffix=last))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    Nearly all pairs are equally frequent here, and which of them the trainer of `tokenizers` takes first differs from
+    process to process; weights need the same numbers always, so ties go to the alphabet.
+    """
+    last = "</w>"
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        special_tokens=[start, end],
-        initial_alphabet=letters,
-        end_of_word_suffix=last,
-        show_progress=False,
-    )
-    core.train_from_iterator([" ".join(sorted(VOCABULARY))], trainer)
-    learned = json.loads(core.to_str())["model"]
-    pieces = [*letters, *(letter + last for letter in letters)]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learned["merges"]]
-    words = dict.fromkeys([start, end, *pieces, *("".join(pair) for pair in merges)])
-    return {word: number for number, word in enumerate(words)}, merges
+    words = [[*word[:-1], word[-1] + last] for word in sorted(VOCABULARY)]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for word in words for pair in pairwise(word)):
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        words = [_merged(word, merges[-1]) for word in words]
+    pieces = [*letters, *(letter + last for letter in letters), *map("".join, merges)]
+    vocabulary = dict.fromkeys(["<|startoftext|>", "<|endoftext|>", *pieces])
+    return {piece: number for number, piece in enumerate(vocabulary)}, merges
+
+
+def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """A word's pieces, with this pair of neighbours made one wherever it occurs."""
+    pieces: list[str] = []
+    for piece in word:
+        if pieces and (pieces[-1], piece) == pair:
+            pieces[-1] += piece
+        else:
+            pieces.append(piece)
+    return pieces
 
 
 def tokenizer() -> Any:

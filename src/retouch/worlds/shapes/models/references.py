@@ -111,6 +111,6 @@ def quiet(pipeline: Any) -> Any:
 
 
 def quality(variant: str, *, folder: Path = WEIGHTS) -> dict[str, float]:
-    """Recorded quality of a shipped model; `MEASURES` says what the numbers are."""
+    """Recorded quality of a shipped model; `measures` says what the numbers are."""
     one_of("variant", variant, VARIANTS)
     return json.loads((folder / f"shapes-{variant}" / "quality.json").read_text())
