@@ -27,7 +27,7 @@ from retouch.worlds.shapes.models import (
     wordings,
 )
 
-TINY = {name: replace(recipe, steps=(2,), batch_size=4, scenes=16) for name, recipe in recipes.RECIPES.items()}
+TINY = {name: replace(recipe, steps=2, batch_size=4, scenes=16) for name, recipe in recipes.RECIPES.items()}
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
