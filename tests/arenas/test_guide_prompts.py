@@ -9,7 +9,7 @@ import torch
 from retouch.arenas.contest import Terms, arena
 from retouch.arenas.guide.entries import a_star, cfgpp, pag
 from retouch.arenas.guide.tasks import _shapes as world
-from retouch.arenas.guide.tasks import inversion, prompts, reconstruction, unprompted
+from retouch.arenas.guide.tasks import crowded, inversion, prompts, reconstruction, unprompted
 from retouch.arenas.sampling import SamplingProblem, answers, measure, pictures
 from retouch.core.diffusion.denoiser import Denoiser
 from retouch.core.diffusion.steering import Steering
@@ -17,7 +17,7 @@ from retouch.worlds import shapes
 from retouch.worlds.shapes.models import architectures, references
 from retouch.worlds.shapes.models.training import built
 
-TASKS = {task.NAME: task for task in (prompts, reconstruction, unprompted)}
+TASKS = {task.NAME: task for task in (prompts, crowded, reconstruction, unprompted)}
 GUIDE = arena("guide")
 
 
@@ -89,6 +89,8 @@ def test_calls_are_those_of_the_branches():
     assert calls["prompts_unguided"] == prompts.STEPS
     assert calls["prompts_cfg_3"] == calls["prompts_cfg_75"] == calls["cfgpp"] == 2 * prompts.STEPS
     assert calls["pag"] == calls["a_star"] == calls["prompts_cfg_more"] == 3 * prompts.STEPS
+    three = problem("crowded").replica(0)
+    assert a_star.solve(three).own["calls"] == prompts.drawn(three, Steering(), longer=1.5).own["calls"]
     back = problem("reconstruction").replica(0)
     assert reconstruction.guided(back, None).own["calls"] == 2 * reconstruction.STEPS
     assert cfgpp.solve(back).own["calls"] == 4 * reconstruction.STEPS
@@ -111,8 +113,29 @@ def test_seeds_decide_prompts_and_noise_and_a_search_has_others():
     assert scenes.captions != others.captions and scenes.latents.shape == (4, 4, 16, 16)
 
 
-def test_the_prompts_judge_tells_scenes_of_the_prompts_from_others():
-    replica = problem("prompts").replica(0)
+def test_a_crowd_is_of_three_things_half_of_them_with_their_places():
+    given = problem("crowded").replica(0).given
+    told = [shapes.parse(prompt) for prompt in given.prompts]
+    assert all(len(one.things) == 3 for one in told)
+    assert [all(one.relations) for one in told] == [any(one.relations) for one in told] == [False, True] * 4
+    for one in told[:2]:
+        assert all(thing.shape and thing.colour for thing in one.things)
+
+
+def test_two_things_of_three_are_not_enough():
+    replica = problem("crowded").replica(0)
+    scenes = [
+        shapes.scene("test", k, seed=1, distribution=prompts.fitting(prompt))
+        for k, prompt in enumerate(replica.given.prompts)
+    ]
+    fewer = [dataclasses.replace(scene, things=scene.things[:2]) for scene in scenes]
+    assert prompts.judge(replica.given, shapes.render(scenes, 64))["bound"] == 100
+    assert prompts.judge(replica.given, shapes.render(fewer, 64))["bound"] == 0
+
+
+@pytest.mark.parametrize("name", ["prompts", "crowded"])
+def test_the_prompts_judge_tells_scenes_of_the_prompts_from_others(name):
+    replica = problem(name).replica(0)
     images = prompts.real(replica).samples
     good, shuffled = (prompts.judge(replica.given, x) for x in (images, images.roll(1, 0)))
     assert good["bound"] == good["objects"] == good["relations"] == 100

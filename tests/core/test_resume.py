@@ -22,8 +22,8 @@ from retouch.core.checkpoints import load_state, save_state
 from retouch.core.errors import InputError
 from retouch.core.loop import Callback, Checkpoint, fit
 from retouch.core.masks import TrainOnly
-from retouch.core.optimizers import MuonAdamW
 from retouch.core.objectives import cross_entropy
+from retouch.core.optimizers import MuonAdamW
 
 DRAW = torch.Generator().manual_seed(0)
 X, Y = torch.randn(22, 4, generator=DRAW), torch.randint(3, (22,), generator=DRAW)
