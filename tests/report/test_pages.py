@@ -151,6 +151,18 @@ def test_arena_page_is_whole(evidence):
     assert "gap: ours minus 0.5 x worse is -1.25 ± 0.5 %, wanted at most 0 %" in html
 
 
+def test_a_board_says_of_how_many_seeds_it_is(evidence):
+    """Of its own: problems of one arena may have been measured on different numbers of them."""
+    problem = evidence["problems"]["p"]
+    single = {
+        name: {**row, "values": {k: v[:1] for k, v in row["values"].items()}} for name, row in problem["rows"].items()
+    }
+    evidence["problems"]["q"] = {**problem, "rows": single}
+    html = arenas_page([evidence], title="T", lead="L")
+    counts = [html.count(text) for text in ("Mean over 3 seeds, ± standard error; best first", "One seed; best first")]
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_page_shows_what_solutions_draw(evidence):
     problem = evidence["problems"]["p"]
     for picture in problem["pictures"]:

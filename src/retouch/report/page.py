@@ -33,8 +33,6 @@ def arenas_page(arenas: Sequence[Evidence], *, title: str, lead: str, words: Seq
     shown = [
         {**evidence, "problems": [_problem(evidence, name) for name in evidence["problems"]]} for evidence in arenas
     ]
-    for arena in shown:
-        arena["replicas"] = arena["settings"]["replicas"]
     return _render("arenas", title=title, lead=lead, words=words, arenas=shown)
 
 
@@ -50,6 +48,7 @@ def _problem(evidence: Evidence, name: str) -> dict[str, Any]:
         "pictures": _pictures(record.get("pictures", [])),
         "rows": [row for row in rows if row.get("answers")],
         "board": board,
+        "seeds": max(len(values) for row in rows for values in row["values"].values()),
         "plots": [_plot(evidence, rows, plot) for plot in evidence["plots"] if _drawn(plot, name)],
         "claims": [{**claim, "numbers": claim_numbers(claim, evidence)} for claim in record.get("claims", [])],
     }
