@@ -18,7 +18,7 @@ SIGMA_DATA = 0.75  # standard deviation that EDM's preconditioning takes images 
 
 
 @functools.cache
-def _merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _merges() -> tuple[dict[str, int], list[Any]]:
     """Vocabulary and merges of a byte pair encoding in which every word of the world is one token.
 
     Nearly all pairs are equally frequent here, and which of them the trainer of `tokenizers` takes first differs from
@@ -27,7 +27,7 @@ def _merges() -> tuple[dict[str, int], list[tuple[str, str]]]:
     last = "</w>"
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [[*word[:-1], word[-1] + last] for word in sorted(VOCABULARY)]
-    merges: list[tuple[str, str]] = []
+    merges: list[Any] = []  # pairs, as CLIPTokenizer takes them, though it does not say so
     while counts := Counter(pair for word in words for pair in pairwise(word)):
         merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
         words = [_merged(word, merges[-1]) for word in words]
