@@ -122,12 +122,16 @@ def test_a_crowd_is_of_three_things_half_of_them_with_their_places():
         assert all(thing.shape and thing.colour for thing in one.things)
 
 
+def test_scenes_of_a_prompt_are_as_it_says_and_differ_in_all_else():
+    prompt = "a red circle left of a blue circle and above a green star"
+    scenes = [prompts.scene_of(prompt, number, 0) for number in range(8)]
+    assert all(shapes.describe(scene, ("shape", "colour", "relation")) == shapes.parse(prompt) for scene in scenes)
+    assert len({scene.things[0].x for scene in scenes}) == 8 and len({scene.background for scene in scenes}) > 1
+
+
 def test_two_things_of_three_are_not_enough():
     replica = problem("crowded").replica(0)
-    scenes = [
-        shapes.scene("test", k, seed=1, distribution=prompts.fitting(prompt))
-        for k, prompt in enumerate(replica.given.prompts)
-    ]
+    scenes = [prompts.scene_of(prompt, k, 1) for k, prompt in enumerate(replica.given.prompts)]
     fewer = [dataclasses.replace(scene, things=scene.things[:2]) for scene in scenes]
     assert prompts.judge(replica.given, shapes.render(scenes, 64))["bound"] == 100
     assert prompts.judge(replica.given, shapes.render(fewer, 64))["bound"] == 0
@@ -171,9 +175,7 @@ def test_saturation_is_none_in_gray_and_all_in_pure_colours():
 
 def test_things_in_each_others_colours_are_there_but_not_bound():
     given = problem("prompts").replica(0).given
-    scenes = [
-        shapes.scene("test", k, seed=1, distribution=prompts.fitting(text)) for k, text in enumerate(given.prompts)
-    ]
+    scenes = [prompts.scene_of(text, k, 1) for k, text in enumerate(given.prompts)]
     crossed = []
     for scene in scenes:
         one, other = scene.things

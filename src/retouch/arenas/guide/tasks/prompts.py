@@ -102,27 +102,29 @@ def drawn(replica: Replica, steering: Steering, *, scale: float = SCALE, longer:
     return world.clocked(len(given.noise), draw)
 
 
-def fitting(prompt: str) -> shapes.Distribution:
-    """Scenes of which a prompt is true, and all else is free."""
+def scene_of(prompt: str, number: int, seed: int) -> shapes.Scene:
+    """A scene of which a prompt is true, and all else is free."""
     told = shapes.parse(prompt)
     words = ("shape", "colour", "relation") if any(told.relations) else ("shape", "colour")
-    return dataclasses.replace(
+
+    def as_told(scene: shapes.Scene) -> shapes.Scene:
+        pairs = zip(scene.things, told.things, strict=True)
+        things = [dataclasses.replace(thing, shape=str(said.shape), colour=str(said.colour)) for thing, said in pairs]
+        return dataclasses.replace(scene, things=tuple(things))
+
+    distribution = dataclasses.replace(
         recipes.SCENES,
         counts=(len(told.things),),
-        shapes=tuple(dict.fromkeys(str(thing.shape) for thing in told.things)),
-        colours=tuple(dict.fromkeys(str(thing.colour) for thing in told.things)),
-        keep=lambda scene: shapes.describe(scene, words) == told,
+        keep=lambda scene: shapes.describe(as_told(scene), words) == told,
     )
+    return as_told(shapes.scene("test", number, seed=seed, distribution=distribution))
 
 
 def real(replica: Replica) -> Outcome:
     """Scenes of which the prompts are true, drawn anew for each."""
     given = replica.given
     seed = seeds.derive(given.seed, "real")
-    scenes = [
-        shapes.scene("test", number, seed=seed, distribution=fitting(prompt))
-        for number, prompt in enumerate(given.prompts)
-    ]
+    scenes = [scene_of(prompt, number, seed) for number, prompt in enumerate(given.prompts)]
     return Outcome(shapes.render(scenes, 64))
 
 
