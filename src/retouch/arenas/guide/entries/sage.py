@@ -38,7 +38,7 @@ class Once:
         return next(total for z, _, total in self.made if bool((z == latent).flatten(1).all(1).any()))
 
 
-def solve(replica: Replica, *, latents: int = 8, steps: int = 7, step_size: float = 0.2) -> Outcome:
+def solve(replica: Replica, *, latents: int = 8, steps: int = 3, step_size: float = 0.4) -> Outcome:
     """Some latents a prompt, pushed to where CLIP no longer sees what it says; then the next prompt."""
 
     def search(given: Given) -> Found:
@@ -91,13 +91,14 @@ ENTRY = Entry(
     name="sage",
     title="SAGE, latents",
     solve=solve,
-    settings={"": {"latents": 8, "steps": 7, "step_size": 0.2}},
+    settings={"": {"latents": 8, "steps": 3, "step_size": 0.4}},
     grid={"steps": (3, 7, 15), "step_size": (0.05, 0.1, 0.2, 0.4)},
     problems=(NAME,),
     note="searched with the shipped CLIP, confirmed by the oracle",
     weakness=(
-        "A model that fails often leaves random search little to lose: a push costs several images. And with a single "
-        "classifier to search with, some failures are the classifier's own."
+        "A model that fails often leaves random search little to lose: a push costs several images. One whose noise "
+        "decides only on places, as here, cannot be pushed far from what is asked for. And with a single classifier to "
+        "search with, some failures are the classifier's own."
     ),
     claims=(
         _claim("It finds twice as many failures as random search in as many images.", "found", "at least", 2.0),
