@@ -1,7 +1,7 @@
 """How the UNet, CLIP and the class-conditional models are trained.
 
 unet          velocity on Stable Diffusion's noise levels; one caption in ten is left out
-clip          which of 128 captions belongs to which image
+clip          which of a batch of captions belongs to which image
 pixels        EDM's preconditioning and loss at larger noise, colour and shape as the class
 dit           as the UNet, colour and shape as the class
 """
