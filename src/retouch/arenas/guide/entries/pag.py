@@ -42,7 +42,7 @@ ENTRY = Entry(
     settings={
         free.NAME: {"scale": 1.0, "layers": "down_blocks.1"},
         prompts.NAME: {"scale": 3.0, "layers": "mid"},
-        unprompted.NAME: {"scale": 3.0, "layers": "mid"},
+        unprompted.NAME: {"scale": 1.0, "layers": "mid"},
     },
     grid={"scale": (0.3, 1.0, 3.0), "layers": ("mid", "up_blocks.0", "down_blocks.1")},
     problems=(free.NAME, prompts.NAME, unprompted.NAME),
