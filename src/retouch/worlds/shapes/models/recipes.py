@@ -40,7 +40,7 @@ class Recipe:
         batch_size: samples a step.
         rate: highest learning rate of a schedule that goes up and down once.
         scenes: that the data is made of.
-        decay: weight decay of AdamW.
+        decay: weight decay.
         average: decay of the moving average of the weights; None for none.
         muon: whether weight matrices take the steps of Muon; AdamW takes all others.
     """
