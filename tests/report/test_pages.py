@@ -163,6 +163,12 @@ def test_a_board_says_of_how_many_seeds_it_is(evidence):
     assert counts[0] == counts[1] > 0
 
 
+def test_a_plot_of_what_nobody_has_is_left_out(evidence):
+    evidence["plots"].append({"kind": "scatter", "x": "absent", "y": "gap", "text": "Nobody is here.", "problems": []})
+    html = arenas_page([evidence], title="T", lead="L")
+    assert "Two of them." in html and "Nobody is here." not in html
+
+
 def test_a_page_shows_what_solutions_draw(evidence):
     problem = evidence["problems"]["p"]
     for picture in problem["pictures"]:

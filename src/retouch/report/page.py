@@ -49,7 +49,11 @@ def _problem(evidence: Evidence, name: str) -> dict[str, Any]:
         "rows": [row for row in rows if row.get("answers")],
         "board": board,
         "seeds": max(len(values) for row in rows for values in row["values"].values()),
-        "plots": [_plot(evidence, rows, plot) for plot in evidence["plots"] if _drawn(plot, name)],
+        "plots": [
+            _plot(evidence, points, plot)
+            for plot in evidence["plots"]
+            if _drawn(plot, name) and (points := _points(rows, plot))
+        ],
         "claims": [{**claim, "numbers": claim_numbers(claim, evidence)} for claim in record.get("claims", [])],
     }
 
@@ -67,8 +71,8 @@ def _axis(measure: dict[str, Any]) -> str:
     return measure["line"].rstrip(".") + (f" ({measure['unit']})" if measure["unit"] else "")
 
 
-def _plot(evidence: Evidence, rows: Sequence[dict[str, Any]], plot: dict[str, Any]) -> dict[str, str]:
-    measures = evidence["measures"]
+def _points(rows: Sequence[dict[str, Any]], plot: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that have what the plot shows."""
     points = []
     for row in rows:
         point: dict[str, Any] = {"title": row["title"], "kind": row["kind"]}
@@ -78,6 +82,11 @@ def _plot(evidence: Evidence, rows: Sequence[dict[str, Any]], plot: dict[str, An
                 point[f"{axis}_error"] = error if error == error else None  # NaN for a single seed
         if point["x"] == point["x"] and point.get("y", 0) == point.get("y", 0):
             points.append(point)
+    return points
+
+
+def _plot(evidence: Evidence, points: Sequence[dict[str, Any]], plot: dict[str, Any]) -> dict[str, str]:
+    measures = evidence["measures"]
     x = _axis(measures[plot["x"]])
     if plot["kind"] == "bars":
         svg = bars(points, x=x, description=f"{plot['text']} Bars for {_names(points)}.")
