@@ -56,15 +56,15 @@ ENTRY = Entry(
         "It repairs concepts that share places or fade. Maps of 8 x 8 hardly tell small things apart, and where a "
         "model keeps its prompts already, there is nothing to repair, and the steps leave marks."
     ),
-    claims=(
-        _claim(crowded.NAME, "All things are there with their own words more often, by 3 points.", "bound", margin=3.0),
-        _claim(crowded.NAME, "All shapes are there more often.", "objects"),
-        _claim(
-            crowded.NAME,
-            "Things are bound more often than with as many calls spent on more steps.",
-            "bound",
-            "cfg_more",
-        ),
-        _claim(prompts.NAME, "Two things are bound no less often, within a point.", "bound", margin=-1.0),
+    claims=tuple(
+        claim
+        for problem in (prompts.NAME, crowded.NAME)
+        for claim in (
+            _claim(problem, "All things are there with their own words more often, by 3 points.", "bound", margin=3.0),
+            _claim(problem, "All shapes are there more often.", "objects"),
+            _claim(
+                problem, "Things are bound more often than with as many calls spent on more steps.", "bound", "cfg_more"
+            ),
+        )
     ),
 )
