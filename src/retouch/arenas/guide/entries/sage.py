@@ -96,9 +96,9 @@ ENTRY = Entry(
     problems=(NAME,),
     note="searched with the shipped CLIP, confirmed by the oracle",
     weakness=(
-        "A model that fails often leaves random search little to lose: a push costs several images. One whose noise "
-        "decides only on places, as here, cannot be pushed far from what is asked for. And with a single classifier to "
-        "search with, some failures are the classifier's own."
+        "A model that fails often leaves random search little to lose: a push costs several images. One that keeps its "
+        "prompts nearly whatever the noise gives a push nowhere to lead. And with a single classifier to search with, "
+        "some failures are the classifier's own."
     ),
     claims=(
         _claim("It finds twice as many failures as random search in as many images.", "found", "at least", 2.0),

@@ -1,9 +1,9 @@
 """Where does the text-to-image model fail? Prompts and noise are searched whose image does not show what was asked for.
 
 The study of SAGE's search over latents. Prompts are of one thing, as "a red circle", which the model draws well in 4
-steps as a rule, and always in 10. All searches may make as many images, and what they find is a failure only if the
-oracle sees no such thing in the image, the noise passes for a draw of N(0, I), and no other failure is all but the
-same.
+steps as a rule, and always in the 10 or more that the study has. All searches may make as many images, and what they
+find is a failure only if the oracle sees no such thing in the image, the noise passes for a draw of N(0, I), and no
+other failure is all but the same.
 """
 
 import functools

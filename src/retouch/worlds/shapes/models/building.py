@@ -64,7 +64,7 @@ def write(
     target = folder / f"shapes-{variant}"
     recipe = {name: asdict(recipes[name]) for name in recipes if variant in ("pipeline", name)}
     command = f"retouch worlds build shapes --seed {seed}"
-    made = {"command": command, "licence": LICENCE, "recipes": recipe, "quality is of samples": measured}
+    made = {"command": command, "licence": LICENCE, "recipes": recipe, "quality is of samples, at most": measured}
     with atomic_folder(target.with_name(f"{target.name}.new")) as new:
         copy.deepcopy(model).to(torch.float16).save_pretrained(new)
         (new / "recipe.json").write_text(json.dumps(made, indent=1) + "\n")

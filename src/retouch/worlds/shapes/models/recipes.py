@@ -81,8 +81,9 @@ class Recipe:
         model.eval()
 
 
-# The autoencoder and the text encoder take minutes on two CPU cores. The others were trained on an H200, all at a time,
-# in 25 minutes; the UNet's steps would take a day on two cores, of which the first eighth does for most prompts.
+# The autoencoder and the text encoder take minutes on two CPU cores. The others were trained on an H200, compiled (but
+# for CLIP) and all at a time, in 25 minutes. The UNet's steps would take a day on two cores (reckoned from a step's
+# time); the average of its weights after the first eighth of them kept 100 of 100 prompts of one thing and 98 of two.
 RECIPES = {
     "autoencoder": Recipe(3600, 16, 1e-3, 8000),
     "text": Recipe(600, 64, 2e-3, 12000),
