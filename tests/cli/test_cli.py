@@ -232,6 +232,8 @@ def test_what_is_wrong_is_said_in_one_sentence_and_nothing_is_written(retouch, t
         (["bench", "forgets"], "Did you mean forget"),
         (["bench", "forget", "--replicas", "0"], "replicas is 0"),
         (["bench", "forget", "--only", "sssd"], "Did you mean ssd"),
+        (["bench", "forget", "--search", "sssd"], "Did you mean ssd"),
+        (["bench", "guide", "--search", "a_star", "--problem", "stitched"], "only prompts, crowded"),
         (["worlds", "build", "digit"], "Did you mean digits"),
     ],
 )

@@ -75,8 +75,8 @@ def search(
         Settings and mean measures, best first by the arena's order; without settings under which training diverged.
     """
     _known("entry", [name], [entry.name for entry in arena.entries()])
-    _known("problem", [problem], list(arena.problems))
     entry = next(entry for entry in arena.entries() if entry.name == name)
+    _known("problem", [problem], list(entry.problems or arena.problems))
     trial = arena.prepare(problem, Terms(replicas=replicas, search=True))
     if entry.shared is not None:
         entry.shared(trial)

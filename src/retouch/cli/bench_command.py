@@ -49,8 +49,7 @@ def run(arguments: Sequence[str]) -> None:
         terms = Terms(replicas=replicas, vary=vary or VARIED, quick=quick)
         arenas = [find_arena(name) for name in ([arena] if arena else arena_names())]
         if search:
-            for chosen in arenas:
-                _search(chosen, search, problem or tuple(chosen.problems), replicas)
+            _search(arenas, search, problem, replicas)
             return
         evidence = []
         for chosen in arenas:
@@ -66,13 +65,19 @@ def run(arguments: Sequence[str]) -> None:
     tyro.cli(bench, prog="retouch bench", args=list(arguments))
 
 
-def _search(arena: "Arena", name: str, problems: Sequence[str], replicas: int) -> None:
+def _search(arenas: Sequence["Arena"], name: str, problems: Sequence[str], replicas: int) -> None:
     from retouch.arenas.runner import search
+    from retouch.core.errors import InputError, nearest
 
-    if name not in [entry.name for entry in arena.entries()]:
-        return
-    for problem in problems:
-        print(f"{arena.name}/{problem}: {name}, by {arena.order_of(problem)}")  # noqa: T201
-        for settings, values in search(arena, name, problem, replicas=replicas):
-            shown = ", ".join(f"{measure} {value:.2f}" for measure, value in values.items())
-            print(f"  {settings}: {shown}")  # noqa: T201
+    entries = [(arena, entry) for arena in arenas for entry in arena.entries()]
+    known = list(dict.fromkeys(entry.name for _, entry in entries))
+    if name not in known:
+        raise InputError(f"search is {name!r}, but must be one of {', '.join(known)}.{nearest(name, known)}")
+    for arena, entry in entries:
+        if entry.name != name:
+            continue
+        for problem in problems or entry.problems or arena.problems:
+            print(f"{arena.name}/{problem}: {name}, by {arena.order_of(problem)}")  # noqa: T201
+            for settings, values in search(arena, name, problem, replicas=replicas):
+                shown = ", ".join(f"{measure} {value:.2f}" for measure, value in values.items())
+                print(f"  {settings}: {shown}")  # noqa: T201
