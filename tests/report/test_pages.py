@@ -1,12 +1,13 @@
 """Leaderboards and pages: right numbers, no scripts, no network, readable by everyone."""
 
+import itertools
 import re
 from html.parser import HTMLParser
 
 import pytest
 
 from retouch.report.page import arenas_page, request_page
-from retouch.report.plots import bars, scatter
+from retouch.report.plots import _figure, _names, bars, scatter
 from retouch.report.tables import claim_numbers, leaderboard, mean_and_error, number, print_leaderboards
 
 SETTINGS = {"lr": 0.01, "kind": "dense", "scaled": True, "steps": 3}
@@ -167,6 +168,17 @@ def test_a_plot_of_what_nobody_has_is_left_out(evidence):
     evidence["plots"].append({"kind": "scatter", "x": "absent", "y": "gap", "text": "Nobody is here.", "problems": []})
     html = arenas_page([evidence], title="T", lead="L")
     assert "Two of them." in html and "Nobody is here." not in html
+
+
+def test_names_of_crowded_points_stay_inside_of_the_plot():
+    crowd = [{"title": f"at the bottom {k}", "kind": "baseline", "x": 8.0 + 0.01 * k, "y": 0.1 * k} for k in range(5)]
+    figure = _figure(7.0, 4.6)
+    axes = figure.subplots()
+    axes.scatter([0.0, *(p["x"] for p in crowd)], [100.0, *(p["y"] for p in crowd)])
+    _names(axes, [{"title": "far", "kind": "oracle", "x": 0.0, "y": 100.0}, *crowd])
+    heights = sorted(text.xyann[1] for text in axes.texts)
+    assert heights[0] >= 0 and heights[-1] <= 1
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 0.05
 
 
 def test_a_page_shows_what_solutions_draw(evidence):

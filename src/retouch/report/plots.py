@@ -97,9 +97,11 @@ def _names(axes: Any, points: Sequence[Point]) -> None:
     taken: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: (-p["y"], p["x"])):
         x, y = (point["x"] - left) / (right - left), (point["y"] - low) / (high - low)
-        place = y
+        place, down = y, -0.0275
         while any(abs(place - other) < 0.055 and abs(x - near) < 0.3 for near, other in taken):
-            place -= 0.0275
+            place += down
+            if place < 0.02:  # below is the axis with its numbers: upwards from here
+                place, down = y, 0.0275
         taken.append((x, place))
         right_half = x > 0.7
         axes.annotate(
